@@ -1,0 +1,33 @@
+# The README's commands. Everything happens in $(VENV); nothing is installed anywhere else.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV ?= .venv
+TARGET ?= coreml
+EXTRAS ?= coreml,executorch,tensorrt-rtx,dev
+OUTPUT ?= castling-out
+PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
+
+.PHONY: export test test-slow lint install clean
+
+export: install  ## the main job: the bundled network to TARGET
+	$(VENV)/bin/castling-export --target $(TARGET) --output $(OUTPUT) --overwrite
+
+test: install
+	$(VENV)/bin/python -m pytest -q -m "not slow" $(PARALLEL)
+
+test-slow: install
+	$(VENV)/bin/python -m pytest -q $(PARALLEL)
+
+lint: install
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OUTPUT) build dist *.egg-info

@@ -1,0 +1,224 @@
+"""What stands in an artefact folder beside the model: manifest, parity, latency, golden images, README."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from castling_deploy import documents
+from castling_deploy.errors import UsageError
+from castling_deploy.folder import MANIFEST, files_in, sha256
+from castling_deploy.identify import ModelCard
+from castling_deploy.ladder import Ladder
+from castling_deploy.latency import LatencyReport
+from castling_deploy.parity import ParityReport, Verdict
+from castling_deploy.preprocessing import Preprocessing
+from castling_deploy.target import Artifact, Network, Precision, Target, TensorSpec
+
+GOLDEN_IMAGES = 8
+
+
+def network_for(card: ModelCard, folded: nn.Module, batch_size: int) -> Network:
+    """What the exporters are handed: the folded network with its interface and the facts that travel inside a file."""
+    height, width = card.config.image_size
+    return Network(
+        name=card.name,
+        module=folded,
+        inputs=(TensorSpec("image", (batch_size, card.config.channels, height, width), "float32", "NCHW"),),
+        outputs=(TensorSpec("logits", (batch_size, card.config.classes), "float32", "NC"),),
+        preprocessing=card.preprocessing,
+        labels=card.labels,
+        description=f"{card.name}: a {card.family} network ({card.reference}), auxiliary branch cast away, "
+        "BatchNorm folded",
+        metadata={
+            "model": card.name,
+            "family": card.family,
+            "reference": card.reference,
+            "checkpoint_sha256": card.checkpoint_sha256 or "none",
+            "castling_deploy": version("castling-deploy"),
+            "preprocessing": json.dumps(documents.plain(card.preprocessing)),
+            "labels": json.dumps(card.labels),
+        },
+    )
+
+
+def version(package: str) -> str:
+    """The installed version of a package."""
+    return metadata.version(package)
+
+
+def describe(
+    folder: Path,
+    card: ModelCard,
+    ladder: Ladder,
+    target: Target,
+    precision: Precision,
+    options: Any,
+    artifact: Artifact,
+    parity: ParityReport,
+    latency: LatencyReport | None,
+) -> None:
+    """Write everything beside the model into `folder`; the manifest, which holds every file's hash, last."""
+    golden = folder / "golden"
+    golden.mkdir()
+    count = min(GOLDEN_IMAGES, ladder.probes.real)
+    np.save(golden / "images.npy", ladder.probes.images[:count])
+    np.save(golden / "logits.npy", ladder.reference.outputs[:count])
+    documents.write(folder / "parity.json", documents.parity_document(parity, ladder))
+    if latency is not None:
+        documents.write(folder / "latency.json", documents.latency_document(latency))
+    (folder / "README.md").write_text(_readme(card, target, precision, artifact, parity), encoding="utf-8")
+    documents.write(
+        folder / MANIFEST,
+        {
+            "schema": documents.SCHEMA,
+            "model": documents.model_document(card, parameters(ladder.folded)),
+            "checkpoint": documents.checkpoint_document(card),
+            "target": target.name,
+            "precision": precision,
+            "options": options,
+            "parity": parity.verdict,
+            "noise_rel": ladder.reference.noise,
+            "inputs": artifact.inputs,
+            "outputs": artifact.outputs,
+            "preprocessing": card.preprocessing,
+            "labels": card.labels,
+            "loads_with": artifact.loads_with,
+            "details": artifact.details,
+            "unfinished": artifact.unfinished,
+            "tools": {**artifact.tools, "torch": torch.__version__, "castling-deploy": version("castling-deploy")},
+            "model_files": artifact.files,
+            "files": {path.as_posix(): sha256(folder / path) for path in files_in(folder)},
+        },
+    )
+
+
+def parameters(network: nn.Module) -> int:
+    """Number of weights, constants included."""
+    return sum(tensor.numel() for tensor in [*network.parameters(), *network.buffers()])
+
+
+def _readme(card: ModelCard, target: Target, precision: Precision, artifact: Artifact, parity: ParityReport) -> str:
+    pre, (height, width) = card.preprocessing, card.preprocessing.size
+    mark = "" if parity.verdict is Verdict.PASS else f"\n> **Parity: {parity.verdict}.** Do not ship this artefact.\n"
+    lines = [
+        f"# {card.name} for {target.name}, {precision}",
+        mark,
+        "Witnesses:",
+        "",
+        "| witness | kind | output | rel | verdict |",
+        "|---|---|---|---|---|",
+    ]
+    for seen in parity.witnesses:
+        for output in seen.outputs:
+            rel = "-" if output.rel is None else f"{output.rel:.1e}"
+            lines.append(f"| {seen.witness.name} | {seen.witness.kind} | {output.name} | {rel} | {output.verdict} |")
+    lines += [
+        "",
+        "## Input",
+        "",
+        *(
+            f"- `{spec.name}`: {spec.dtype} {list(spec.shape)}, {spec.layout}, {spec.content}"
+            for spec in artifact.inputs
+        ),
+        f"- preprocessing: {pre.channel_order}; resize the short side to "
+        f"{round(min(height, width) / pre.crop_fraction)} ({pre.resize_kernel}), crop the centre to {height} x {width}"
+        + (
+            "."
+            if artifact.inputs[0].content == "image"
+            else f"; divide by 255, subtract {list(pre.mean)}, divide by {list(pre.std)}."
+        ),
+        "- outputs: " + ", ".join(f"`{spec.name}` {list(spec.shape)}" for spec in artifact.outputs),
+        "",
+        "`golden/images.npy` holds real images at the network's size, `golden/logits.npy` what the PyTorch "
+        "reference says of them.",
+        "",
+        "## Loading it",
+        "",
+        artifact.usage.strip(),
+        "",
+    ]
+    if artifact.unfinished is not None:
+        lines += ["## What is left to do", "", artifact.unfinished.reason, "", f"    {artifact.unfinished.fix}", ""]
+    lines += ["## Checking it", "", "    castling verify .", ""]
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """An artefact folder that was read back, and its manifest as it stands on disk."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    target: str
+    precision: Precision
+    artifact: Artifact
+    preprocessing: Preprocessing
+    noise: float
+    checkpoint_sha256: str | None
+    files: Mapping[str, str]
+
+    def changed(self) -> tuple[str, ...]:
+        """Files that are missing, were changed after the export, or were added to the model."""
+        found = {path.as_posix() for path in files_in(self.path)} - {MANIFEST}
+        changed = [
+            name for name, digest in self.files.items() if name not in found or sha256(self.path / name) != digest
+        ]
+        return tuple(sorted([*changed, *(found - self.files.keys())]))
+
+
+def read_folder(path: Path) -> Folder:
+    """The artefact at `path`. Raises UsageError when it is none, or was written by a newer castling-deploy."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"'{path}' is no artefact folder: its {MANIFEST} cannot be read ({error})",
+            hint="name a folder that `castling export` wrote",
+        ) from None
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if schema != documents.SCHEMA:
+        raise UsageError(
+            f"'{path}' has a manifest of schema {schema}, this version reads schema {documents.SCHEMA}",
+            hint="use the castling-deploy that wrote it",
+        )
+    try:
+        artifact = Artifact(
+            files=tuple(manifest["model_files"]),
+            inputs=_specs(manifest["inputs"]),
+            outputs=_specs(manifest["outputs"]),
+            tools=manifest["tools"],
+            loads_with=tuple(manifest["loads_with"]),
+            usage="",
+            details=manifest["details"],
+        )
+        preprocessing: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in manifest["preprocessing"].items()
+        }
+        return Folder(
+            path,
+            manifest,
+            manifest["target"],
+            Precision(manifest["precision"]),
+            artifact,
+            Preprocessing(**preprocessing),
+            float(manifest["noise_rel"]),
+            manifest["checkpoint"]["sha256"],
+            dict(manifest["files"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"the manifest of '{path}' is damaged: {type(error).__name__}: {error}", hint="export the artefact again"
+        ) from None
+
+
+def _specs(items: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(**{**item, "shape": tuple(item["shape"])}) for item in items)

@@ -1,0 +1,71 @@
+"""What a checkpoint says of itself: the `castling` entry of a safetensors file's metadata, checked before use."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from castling_deploy.errors import CheckpointError
+
+KERNELS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Stated:
+    """Facts that shapes do not tell; None where the file says nothing."""
+
+    name: str | None = None
+    labels: tuple[str, ...] | None = None
+    samples: str | None = None
+    image_size: tuple[int, int] | None = None
+    aux_threshold: float | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    resize_kernel: str | None = None
+    crop_fraction: float | None = None
+
+
+def stated(entry: Any) -> Stated:
+    """The checked entry. Raises CheckpointError on the first fact that cannot be true."""
+    if not isinstance(entry, Mapping):
+        raise _damaged("it is no object")
+    checks: dict[str, Callable[[Any], bool]] = {
+        "name": lambda value: isinstance(value, str) and NAME.fullmatch(value) is not None,
+        "labels": lambda value: isinstance(value, list) and all(isinstance(label, (str, int)) for label in value),
+        "samples": lambda value: isinstance(value, str),
+        "image_size": lambda value: _numbers(value, 2) and all(isinstance(side, int) and side > 0 for side in value),
+        "aux_threshold": lambda value: _number(value) and 0 <= value <= 1,
+        "mean": lambda value: _numbers(value),
+        "std": lambda value: _numbers(value) and all(item > 0 for item in value),
+        "resize_kernel": lambda value: value in KERNELS,
+        "crop_fraction": lambda value: _number(value) and 0 < value <= 1,
+    }
+    facts: dict[str, Any] = {}
+    for key, check in checks.items():
+        value = entry.get(key)
+        if value is None:
+            continue
+        if not check(value):
+            raise _damaged(f"'{key}' is {str(value)[:60]!r}")
+        facts[key] = tuple(value) if isinstance(value, list) else value
+    if "labels" in facts:
+        facts["labels"] = tuple(str(label) for label in facts["labels"])
+    return Stated(**facts)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _numbers(value: Any, count: int | None = None) -> bool:
+    return isinstance(value, list) and all(map(_number, value)) and (len(value) == count if count else len(value) > 0)
+
+
+def _damaged(what: str) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint's 'castling' metadata cannot be used: {what}",
+        hint="mend the metadata, or save the tensors without it",
+    )

@@ -1,0 +1,339 @@
+"""The command. People read stderr, machines read stdout; exit codes are those of `errors`.
+
+Nothing heavy is imported before a command needs it: `castling --help` answers without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from castling_deploy.errors import CastlingError, InconclusiveError, ParityError, TargetUnavailableError, UsageError
+from castling_deploy.target import ALIASES, TARGETS, target_named
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+ALL = "all"
+# Which exit code stands for a run with several outcomes: the gravest first.
+GRAVEST = (1, 2, ParityError.exit_code, InconclusiveError.exit_code, TargetUnavailableError.exit_code, 0)
+INTERRUPTED = 130
+
+
+class ImageSize(click.ParamType[tuple[int, int]]):
+    """H or H,W in pixels."""
+
+    name = "H[,W]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        parts = str(value).replace("x", ",").split(",")
+        if len(parts) not in (1, 2) or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+            self.fail(f"'{value}' is no image size; write 224 or 224,320", param, ctx)
+        sides = [int(part) for part in parts]
+        return sides[0], sides[-1]
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(package_name="castling-deploy", prog_name="castling")
+def castling() -> None:
+    """Takes a trained Castling-ViT to phones, browsers and GPUs, and proves what it ships.
+
+    Exit codes: 0 ok, 1 internal failure, 2 bad input or usage, 3 parity failed, 4 target not available here,
+    5 parity inconclusive.
+    """
+
+
+@castling.command(context_settings=CONTEXT)
+@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--target",
+    "--format",
+    "targets",
+    multiple=True,
+    required=True,
+    metavar="NAME",
+    help=f"Repeatable, or comma separated: {', '.join(TARGETS)}, or all that work here.",
+)
+@click.option("--model", "-m", metavar="NAME", help="A bundled network, or what the checkpoint is expected to be.")
+@click.option("--precision", metavar="P", help="fp32, fp16 or int8. Default: the target's own.")
+@click.option("--imgsz", type=ImageSize(), metavar="H[,W]", help="Input size in pixels. Default: the checkpoint's.")
+@click.option("--batch-size", "-b", type=click.IntRange(1), default=1, show_default=True, help="Images at once.")
+@click.option("--dynamic", is_flag=True, help="A batch of any size, where the target can.")
+@click.option("--opset", type=int, help="ONNX opset.")
+@click.option("--input", "content", metavar="KIND", help="tensor (normalised) or image (pixels), where the target can.")
+@click.option("--calib-data", type=click.Path(path_type=Path), help="Images to calibrate int8 on.")
+@click.option("--calib-samples", type=click.IntRange(1), help="How many of them.")
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    default=Path("castling-out"),
+    show_default=True,
+    help="Folder for the artefact folders.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an artefact folder of the same name.")
+@click.option("--benchmark/--no-benchmark", default=True, show_default=True, help="Measure latency.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the noise among the compared inputs.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def export(
+    checkpoint: Path | None,
+    targets: tuple[str, ...],
+    model: str | None,
+    precision: str | None,
+    imgsz: tuple[int, int] | None,
+    batch_size: int,
+    dynamic: bool,
+    opset: int | None,
+    content: str | None,
+    calib_data: Path | None,
+    calib_samples: int | None,
+    output: Path,
+    overwrite: bool,
+    benchmark: bool,
+    seed: int,
+    dry_run: bool,
+    as_json: bool,
+) -> int:
+    """Export CHECKPOINT (without one: a bundled trained network), verify it, and measure it."""
+    from castling_deploy.request import Request, plan
+
+    asked = {
+        "dynamic": dynamic or None,
+        "opset": opset,
+        "input": content,
+        "calib_data": calib_data,
+        "calib_samples": calib_samples,
+    }
+    request = Request(
+        targets=_names(targets),
+        checkpoint=checkpoint,
+        model=model,
+        precision=precision,
+        image_size=imgsz,
+        batch_size=batch_size,
+        options={name: value for name, value in asked.items() if value is not None},
+        output=output,
+        benchmark=benchmark,
+        overwrite=overwrite,
+        seed=seed,
+    )
+    steps = plan(request)
+    if dry_run:
+        return _dry_run(request, steps, as_json)
+    from castling_deploy.console import StderrProgress, print_deployment
+    from castling_deploy.pipeline import deploy
+
+    progress = StderrProgress()
+    progress.console.print(
+        f"[bold]castling export[/] {checkpoint or 'the bundled ' + (model or 'network')} "
+        f"to {', '.join(step.target.name for step in steps)}"
+    )
+    deployment = deploy(request, progress)
+    print_deployment(deployment, progress.console)
+    if as_json:
+        from castling_deploy.report import deployment_document
+
+        _print_json(deployment_document(deployment))
+    from castling_deploy.report import exit_code
+
+    codes = {exit_code(result) for result in deployment.results}
+    return next(code for code in GRAVEST if code in codes)
+
+
+def _dry_run(request: Any, steps: tuple[Any, ...], as_json: bool) -> int:
+    rows = [
+        {
+            "target": step.target.name,
+            "precision": step.precision.value,
+            "options": repr(step.options),
+            "available": step.target.missing() is None,
+        }
+        for step in steps
+    ]
+    if as_json:
+        _print_json({"schema": 1, "dry_run": rows, "output": str(request.output)})
+    for row in rows:
+        state = "" if row["available"] else "  (not available here, see castling doctor)"
+        click.echo(
+            f"would export {row['target']} {row['precision']} {row['options']} into {request.output}{state}", err=True
+        )
+    return 0
+
+
+@castling.command(context_settings=CONTEXT)
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Compare with this checkpoint again.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def verify(path: Path, checkpoint: Path | None, as_json: bool) -> int:
+    """Check an artefact folder: its files, its golden outputs, and its parity with a checkpoint."""
+    from castling_deploy import documents
+    from castling_deploy.console import MARKS, StderrProgress, number
+    from castling_deploy.parity import Verdict
+    from castling_deploy.recheck import verify as recheck
+
+    progress = StderrProgress()
+    seen = recheck(path, checkpoint, progress)
+    reports = [("golden images", seen.golden)]
+    if seen.parity is not None:
+        reports += [(f"{seen.parity.probes} images", report) for report in seen.parity.witnesses]
+    for title, report in reports:
+        for output in report.outputs:
+            progress.console.print(
+                f"{title}: {output.name} {MARKS[output.verdict]}, error / spread "
+                f"{number(output.rel, '.1e')}, by {report.witness.name} ({report.witness.kind})"
+            )
+    if as_json:
+        _print_json(
+            {
+                "schema": documents.SCHEMA,
+                "path": str(path),
+                "verdict": seen.verdict,
+                "golden": seen.golden,
+                "parity": seen.parity,
+            }
+        )
+    return {Verdict.PASS: 0, Verdict.FAIL: ParityError.exit_code, Verdict.INCONCLUSIVE: InconclusiveError.exit_code}[
+        seen.verdict
+    ]
+
+
+@castling.command(context_settings=CONTEXT)
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def bench(paths: tuple[Path, ...], threads: int, as_json: bool) -> int:
+    """Latency of artefact folders on this machine."""
+    from castling_deploy.recheck import benchmark
+
+    rows = []
+    for path in paths:
+        timing = benchmark(path, threads=threads)
+        rows.append(
+            {
+                "path": str(path),
+                "median_s": timing.median_s,
+                "p95_s": timing.p95_s,
+                "threads": threads,
+                "times_s": timing.times_s,
+            }
+        )
+        click.echo(
+            f"{path}: median {timing.median_s * 1e3:.2f} ms, p95 {timing.p95_s * 1e3:.2f} ms, {threads} thread(s), "
+            f"{len(timing.times_s)} runs",
+            err=True,
+        )
+    if as_json:
+        _print_json({"schema": 1, "latency": rows})
+    return 0
+
+
+@castling.command(context_settings=CONTEXT)
+@click.argument("path", required=False, type=click.Path(path_type=Path))
+@click.option("--model", "-m", metavar="NAME", help="A bundled network.")
+@click.option("--imgsz", type=ImageSize(), metavar="H[,W]", help="Input size in pixels.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def inspect(path: Path | None, model: str | None, imgsz: tuple[int, int] | None, as_json: bool) -> int:
+    """What a checkpoint or an artefact folder PATH is (without one: a bundled network)."""
+    from rich.console import Console
+
+    from castling_deploy import bundled, documents
+    from castling_deploy.artifact import read_folder
+    from castling_deploy.console import WIDTH, print_inspection
+    from castling_deploy.inspection import inspect_checkpoint
+
+    console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else WIDTH)
+    if path is not None and path.is_dir():
+        folder = read_folder(path)
+        console.print_json(json.dumps(documents.plain(folder.manifest)))
+        document: Any = folder.manifest
+    else:
+        seen = inspect_checkpoint(path or bundled.checkpoint_path(model or bundled.DEFAULT), model, imgsz)
+        print_inspection(seen, console)
+        document = {"schema": documents.SCHEMA, **documents.plain(seen)}
+    if as_json:
+        _print_json(document)
+    return 0
+
+
+@castling.command(context_settings=CONTEXT)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def doctor(as_json: bool) -> int:
+    """Which targets can be exported, run and verified here, and the exact line that mends what cannot."""
+    from rich.console import Console
+
+    from castling_deploy.console import WIDTH, print_health
+    from castling_deploy.doctor import examine
+
+    health = examine()
+    print_health(health, Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else WIDTH))
+    if as_json:
+        from castling_deploy.documents import plain
+
+        _print_json({"schema": 1, **plain(health)})
+    return 0
+
+
+def _names(targets: tuple[str, ...]) -> tuple[str, ...]:
+    """The targets asked for; `all` is every one that is available here."""
+    names = [name.strip() for item in targets for name in item.split(",") if name.strip()]
+    if not names:
+        raise UsageError("no target is named", hint=f"--target takes: {', '.join([*TARGETS, *ALIASES, ALL])}")
+    if ALL in names:
+        return tuple(name for name in TARGETS if target_named(name).missing() is None)
+    return tuple(names)
+
+
+def _print_json(document: Any) -> None:
+    from castling_deploy.documents import plain
+
+    click.echo(json.dumps(plain(document), allow_nan=False))
+
+
+def main() -> NoReturn:
+    """`castling`."""
+    sys.exit(run(castling, sys.argv[1:], "castling"))
+
+
+def export_main() -> NoReturn:
+    """`castling-export`: the same as `castling export`."""
+    sys.exit(run(export, sys.argv[1:], "castling-export"))
+
+
+def run(command: click.Command, arguments: list[str], name: str) -> int:
+    """Run a command; every failure is two lines on stderr and an exit code, and one JSON document where --json is."""
+    signal.signal(signal.SIGTERM, lambda *_: _raise(KeyboardInterrupt()))  # so that a killed run tidies up too
+    try:
+        return int(command.main(arguments, prog_name=name, standalone_mode=False) or 0)
+    except CastlingError as error:
+        return _fail(arguments, error.message, error.hint, error.exit_code)
+    except click.ClickException as error:
+        return _fail(
+            arguments, error.format_message().rstrip("."), f"{name} --help lists what can be said", UsageError.exit_code
+        )
+    except (KeyboardInterrupt, click.Abort):
+        return _fail(arguments, "interrupted", "no unfinished artefact was left behind; run it again", INTERRUPTED)
+    except Exception as error:  # a bug of ours
+        if os.environ.get("CASTLING_TRACEBACK"):
+            raise
+        return _fail(
+            arguments,
+            f"internal failure: {type(error).__name__}: {error}",
+            "set CASTLING_TRACEBACK=1 to see where, and report it",
+            1,
+        )
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+def _fail(arguments: list[str], message: str, hint: str | None, code: int) -> int:
+    click.echo(f"error: {message}" + (f"\n  hint: {hint}" if hint else ""), err=True)
+    if "--json" in arguments:
+        _print_json({"schema": 1, "error": {"message": message, "hint": hint, "exit_code": code}, "artifacts": []})
+    return code

@@ -1,0 +1,200 @@
+"""What people read, on stderr: stages with their time, a progress bar while they run, a closing table."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from castling_deploy.doctor import Health
+from castling_deploy.inspection import Inspection
+from castling_deploy.parity import Verdict
+from castling_deploy.pipeline import Deployment, Result
+from castling_deploy.progress import Advance
+from castling_deploy.report import model_bytes
+from castling_deploy.target import WitnessKind
+
+WIDTH = 110  # where stderr is no terminal
+MEANING = {
+    WitnessKind.DEVICE: "the real device",
+    WitnessKind.RUNTIME: "the vendor's runtime, on this machine",
+    WitnessKind.SIMULATED: "the vendor's simulator",
+    WitnessKind.EMULATED: "the device's instructions, emulated",
+    WitnessKind.REFERENCE: "the artefact's own program and weights, not the vendor's runtime",
+}
+MARKS = {Verdict.PASS: "[green]pass[/]", Verdict.FAIL: "[red]FAIL[/]", Verdict.INCONCLUSIVE: "[yellow]inconclusive[/]"}
+
+
+class StderrProgress:
+    """Stages on the real stderr, even while a toolchain's noise is held back from file descriptor 2."""
+
+    def __init__(self) -> None:
+        self.console = Console(
+            file=os.fdopen(os.dup(sys.stderr.fileno()), "w", encoding="utf-8"),
+            highlight=False,
+            width=None if sys.stderr.isatty() else WIDTH,
+        )
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[Advance]:
+        """A bar while the stage runs (on a terminal), one line with its time when it is over."""
+        started = time.perf_counter()
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task(title, total=None)
+            try:
+                yield lambda share: bar.update(task, total=1.0, completed=share)
+            except BaseException:
+                bar.stop()
+                self.console.print(f"  [red]x[/] {title}  ({time.perf_counter() - started:.1f} s)")
+                raise
+        self.console.print(f"  [green]*[/] {title}  [dim]{time.perf_counter() - started:.1f} s[/]")
+
+    def warn(self, text: str) -> None:
+        self.console.print(f"  [yellow]! {text}[/]")
+
+
+def number(value: float | None, form: str) -> str:
+    """The number in this format, '-' where it is not known."""
+    return "-" if value is None else format(value, form)
+
+
+def print_deployment(deployment: Deployment, console: Console) -> None:
+    """The closing table, what is doubtful, and what to do next."""
+    ladder, card = deployment.ladder, deployment.card
+    before, after = ladder.accuracy(ladder.trained_outputs), ladder.accuracy(ladder.reference.outputs)
+    console.print(
+        f"\n[bold]{card.name}[/]: {len(ladder.layers)} auxiliary branches cast away, "
+        f"{len(ladder.steps)} folds (exact to {number(ladder.fold_rung.rel, '.0e')} in float64)"
+    )
+    if before is not None and after is not None:
+        console.print(
+            f"top-1 on {ladder.probes.real} held-out images: {before:.2f} % as trained, {after:.2f} % after the cast"
+        )
+    else:
+        console.print(
+            f"the cast changes the outputs by {number(ladder.cast_rung.rel, '.2g')} of their spread; no "
+            "labelled images are known for this network, so its accuracy after the cast was not measured"
+        )
+    table = Table(show_edge=False, pad_edge=False)
+    for column in ("target", "precision", "size", "parity", "error / spread", "top-1", "median", "vs PyTorch eager"):
+        table.add_column(column)
+    for result in deployment.results:
+        table.add_row(*_row(result))
+    console.print()
+    console.print(table)
+    for result in deployment.results:
+        _print_notes(result, console)
+
+
+def _row(result: Result) -> list[str]:
+    name, precision = result.step.target.name, result.step.precision.value
+    if result.error is not None or result.parity is None or result.path is None:
+        return [name, precision, "-", "[red]failed[/]" if result.error else "[yellow]unavailable[/]", *["-"] * 4]
+    report = result.parity.witnesses[0]
+    worst = max((output.rel for output in report.outputs if output.rel is not None), default=None)
+    latency = result.latency
+    return [
+        name,
+        precision,
+        f"{(model_bytes(result) or 0) / 1e6:.2f} MB",
+        MARKS[result.parity.verdict],
+        f"{number(worst, '.1e')} of {result.parity.rungs[-1].limit:.0e}",
+        number(report.accuracy, ".2f"),
+        "-" if latency is None else f"{latency.artifact.median_s * 1e3:.2f} ms",
+        "-" if latency is None else f"{latency.ratio:.2f} x",
+    ]
+
+
+def _print_notes(result: Result, console: Console) -> None:
+    name = result.step.target.name
+    if result.path is not None:
+        console.print(f"\n[bold]{name}[/]: {result.path}", soft_wrap=True)
+    for seen in result.parity.witnesses if result.parity is not None else ():
+        console.print(
+            f"  run by {seen.witness.name} ({seen.witness.kind}: {MEANING[seen.witness.kind]})", soft_wrap=True
+        )
+    if result.error is not None:
+        console.print(f"\n[red]error:[/] {name}: {result.error.message}", soft_wrap=True)
+        if result.error.hint:
+            console.print(f"  hint: {result.error.hint}", soft_wrap=True)
+    if result.missing is not None:
+        console.print(f"  [yellow]not available here:[/] {result.missing.reason}", soft_wrap=True)
+        console.print(f"  to mend it: {result.missing.fix}", soft_wrap=True)
+    if result.artifact is not None:
+        for note in result.artifact.details.get("notes", ()):
+            console.print(f"  note: {note}", soft_wrap=True)
+    if result.latency is not None:
+        console.print(
+            f"  latency on {result.latency.threads} thread, batch {result.latency.batch}; p95 "
+            f"{result.latency.artifact.p95_s * 1e3:.2f} ms"
+        )
+        for warning in result.latency.warnings:
+            console.print(f"  [yellow]! {warning}[/]")
+    if result.path is not None:
+        console.print(f"  check it again: castling verify {result.path}", soft_wrap=True)
+
+
+def print_inspection(seen: Inspection, console: Console) -> None:
+    """A checkpoint: what it is, what the cast removes, what the fold folds."""
+    card = seen.card
+    height, width = card.config.image_size
+    console.print(f"[bold]{card.name}[/]  ({card.family}; {card.reference})")
+    console.print(
+        f"  input {card.config.channels} x {height} x {width}, {card.config.classes} classes; "
+        f"{card.loaded} tensors loaded; taken off: {', '.join(card.peeled) or 'nothing'}; "
+        f"dropped: {len(card.dropped)}"
+    )
+    table = Table(show_edge=False, pad_edge=False)
+    for column in ("", "parameters", "MACs"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, stage in (("as trained", seen.trained), ("cast", seen.castled), ("folded", seen.folded)):
+        table.add_row(name, f"{stage.parameters:,}", f"{stage.macs / 1e6:,.1f} M")
+    console.print(table)
+    layers = Table(show_edge=False, pad_edge=False, title="what the cast removes", title_justify="left")
+    for column in ("layer", "tokens", "mask density", "peak", "contribution", "can vanish"):
+        layers.add_column(column)
+    for layer in seen.layers:
+        evidence = layer.evidence
+        layers.add_row(
+            layer.path,
+            str(evidence.tokens),
+            f"{evidence.mask_density:.4f}",
+            f"{evidence.peak:.3f}",
+            f"{evidence.contribution:.3f}",
+            "yes" if evidence.can_vanish else "no: 1/tokens > threshold",
+        )
+    console.print(layers)
+    if seen.dead:
+        console.print(f"  dead after the cast: {', '.join(seen.dead)}")
+    console.print("  what the fold folds: " + "; ".join(f"{count} x {rule}" for rule, count in seen.rules.items()))
+
+
+def print_health(health: Health, console: Console) -> None:
+    """The machine, and one line per target; what is missing comes with its mend."""
+    console.print(f"{health.system}, Python {health.python}")
+    console.print(
+        "  " + ", ".join(f"{tool} {version or '[dim]not installed[/]'}" for tool, version in health.tools.items())
+    )
+    table = Table(show_edge=False, pad_edge=False)
+    for column in ("target", "export", "complete", "verified here by"):
+        table.add_column(column)
+    for target in health.targets:
+        can, whole = target.missing is None, target.missing is None and target.unfinished is None
+        table.add_row(
+            target.target,
+            f"[green]yes[/] ({', '.join(target.precisions)})" if can else "[yellow]no[/]",
+            "[green]yes[/]" if whole else "[yellow]no[/]",
+            f"{target.witness.name} ({target.witness.kind})" if can else "-",
+        )
+    console.print(table)
+    for target in health.targets:
+        for missing in (target.missing, target.unfinished):
+            if missing is not None:
+                console.print(f"  {target.target}: {missing.reason}\n    {missing.fix}", soft_wrap=True)

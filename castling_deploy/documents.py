@@ -1,0 +1,142 @@
+"""The JSON documents: what machines read. Keys are stable, numbers that are not known are null."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from castling_deploy.identify import ModelCard
+from castling_deploy.ladder import Ladder
+from castling_deploy.latency import LatencyReport, Timing
+from castling_deploy.parity import ParityReport
+
+SCHEMA = 1
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, enums, paths and tuples as JSON types; NaN and infinity as null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def write(path: Path, document: Any) -> None:
+    """One JSON document, indented, in UTF-8, the same bytes for the same content."""
+    path.write_text(json.dumps(plain(document), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def checkpoint_document(card: ModelCard) -> dict[str, Any]:
+    """Which file the weights are from, and what was taken off it."""
+    return {
+        "path": card.checkpoint_path,
+        "sha256": card.checkpoint_sha256,
+        "peeled": card.peeled,
+        "tensors": card.loaded,
+        "dropped": card.dropped,
+    }
+
+
+def model_document(card: ModelCard, parameters: int) -> dict[str, Any]:
+    """What the network is."""
+    return {
+        "name": card.name,
+        "family": card.family,
+        "reference": card.reference,
+        "parameters": parameters,
+        "image_size": card.config.image_size,
+        "classes": card.config.classes,
+        "config": plain(card.config),
+    }
+
+
+def cast_document(ladder: Ladder) -> dict[str, Any]:
+    """What the cast removed, layer by layer, and what it cost."""
+    layers = [
+        {"path": layer.path, **plain(layer.evidence), "can_vanish": layer.evidence.can_vanish}
+        for layer in ladder.layers
+    ]
+    return {
+        "rel": ladder.cast_rung.rel,
+        "verdict": ladder.cast_rung.verdict,
+        "accuracy_trained": ladder.accuracy(ladder.trained_outputs),
+        "accuracy_cast": ladder.accuracy(ladder.reference.outputs),
+        "layers": layers,
+    }
+
+
+def fold_document(ladder: Ladder) -> dict[str, Any]:
+    """Which folds were applied, and how exact they are in float64."""
+    return {
+        "rel_float64": ladder.fold_rung.rel,
+        "verdict": ladder.fold_rung.verdict,
+        "rules": dict(Counter(step.rule for step in ladder.steps)),
+        "steps": [plain(step) for step in ladder.steps],
+    }
+
+
+def parity_document(report: ParityReport, ladder: Ladder) -> dict[str, Any]:
+    """Verdict, power, every rung and every witness."""
+    witnesses = [
+        {
+            "name": seen.witness.name,
+            "kind": seen.witness.kind,
+            "verdict": seen.verdict,
+            "accuracy": seen.accuracy,
+            "outputs": [plain(output) for output in seen.outputs],
+        }
+        for seen in report.witnesses
+    ]
+    return {
+        "verdict": report.verdict,
+        "power": report.power,
+        "precision": report.precision,
+        "spread": report.spread,
+        "noise_rel": report.noise_rel,
+        "probes": report.probes,
+        "accuracy": {
+            "trained": ladder.accuracy(ladder.trained_outputs),
+            "reference": ladder.accuracy(ladder.reference.outputs),
+            "artifact": report.witnesses[0].accuracy if report.witnesses else None,
+        },
+        "rungs": [plain(rung) for rung in report.rungs],
+        "witnesses": witnesses,
+    }
+
+
+def latency_document(report: LatencyReport | None) -> dict[str, Any] | None:
+    """Medians, p95 and every raw time; None where nothing was measured."""
+    if report is None:
+        return None
+
+    def timing(subject: Timing) -> dict[str, Any]:
+        return {
+            "median_s": subject.median_s,
+            "p95_s": subject.p95_s,
+            "min_s": subject.min_s,
+            "times_s": subject.times_s,
+        }
+
+    return {
+        "runtime": report.runtime,
+        "threads": report.threads,
+        "batch": report.batch,
+        "artifact": timing(report.artifact),
+        "pytorch_eager": timing(report.reference),
+        "ratio": report.ratio,
+        "warnings": report.warnings,
+        "host": report.host,
+    }

@@ -1,0 +1,63 @@
+"""Every error a user can meet: one sentence of what is wrong, one of what mends it, and an exit code."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class CastlingError(Exception):
+    """An error with a fix. `castling` prints it as two lines and leaves with `exit_code`."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message} (hint: {self.hint})"
+
+
+class UsageError(CastlingError):
+    """What was asked for cannot be done: an unknown name, an option that a target cannot honour."""
+
+    exit_code = 2
+
+
+class CheckpointError(CastlingError):
+    """The file is no checkpoint, or not one of a network this tool knows."""
+
+    exit_code = 2
+
+
+class ShapeError(CastlingError):
+    """A tensor or an image has a shape that the network cannot take."""
+
+    exit_code = 2
+
+
+class FoldError(CastlingError):
+    """An exact fold is not possible, or a BatchNorm would be left standing."""
+
+
+class ExportError(CastlingError):
+    """A toolchain refused the network, or wrote something other than what was asked."""
+
+
+class ParityError(CastlingError):
+    """An artefact does not compute what the reference computes."""
+
+    exit_code = 3
+
+
+class TargetUnavailableError(CastlingError):
+    """The toolchain of a target is not installed, or cannot run on this machine."""
+
+    exit_code = 4
+
+
+class InconclusiveError(CastlingError):
+    """The comparison has too little power to call the artefact right or wrong."""
+
+    exit_code = 5

@@ -1,0 +1,163 @@
+"""From a checkpoint to a network: the family is recognised, the weights are loaded strictly."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from castling_deploy.card import Stated, stated
+from castling_deploy.checkpoint import Checkpoint
+from castling_deploy.errors import CheckpointError, UsageError
+from castling_deploy.models.family import FAMILIES, OFFICIAL_THRESHOLD, ModelFamily, Size, families, family_of
+from castling_deploy.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from castling_deploy.suggest import did_you_mean
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What is known about a loaded network besides its weights.
+
+    `samples` names the bundled images that the network was trained for, if any. `loaded` and `dropped` count and name
+    the checkpoint's tensors: every one is in the network or named here.
+    """
+
+    name: str
+    family: str
+    reference: str
+    config: Any
+    preprocessing: Preprocessing
+    labels: tuple[str, ...] | None
+    samples: str | None
+    checkpoint_path: str | None
+    checkpoint_sha256: str | None
+    peeled: tuple[str, ...]
+    loaded: int
+    dropped: tuple[str, ...]
+
+
+def identify(
+    checkpoint: Checkpoint, *, model: str | None = None, image_size: Size | None = None
+) -> tuple[nn.Module, ModelCard]:
+    """The network in training form and eval mode, with the checkpoint's weights, and its card.
+
+    `model` is what the caller believes the network to be (a family, a variant or a bundled name); `image_size`
+    overrides the checkpoint's (height, width). Raises CheckpointError when a tensor is missing, left over or of the
+    wrong shape.
+    """
+    facts = stated(checkpoint.card)
+    family = family_of(checkpoint.tensors)
+    threshold = OFFICIAL_THRESHOLD if facts.aux_threshold is None else facts.aux_threshold
+    config = family.config_of(checkpoint.tensors, facts.image_size or image_size, threshold)
+    if facts.image_size not in (None, config.image_size):
+        raise CheckpointError(
+            f"'{checkpoint.path}' says it takes images of {facts.image_size} pixels, its tensors are "
+            f"for {config.image_size}",
+            hint="mend 'image_size' in the file's metadata",
+        )
+    tensors: Mapping[str, torch.Tensor] = checkpoint.tensors
+    if image_size is not None and image_size != config.image_size:
+        _load(family, config, tensors, checkpoint)  # before resizing: an error names the checkpoint's shapes
+        tensors, config = family.resized(tensors, config, image_size)
+    name = facts.name or _published_name(family, config) or _name_from(checkpoint, family)
+    if model is not None and model not in (name, family.name):
+        _refuse(model, name)
+    network = _load(family, config, tensors, checkpoint)
+    if facts.labels is not None and len(facts.labels) != config.classes:
+        raise CheckpointError(
+            f"'{checkpoint.path}' names {len(facts.labels)} labels for {config.classes} classes",
+            hint="mend the labels in the file's metadata",
+        )
+    return network, ModelCard(
+        name=name,
+        family=family.name,
+        reference=family.reference,
+        config=config,
+        preprocessing=_preprocessing(facts, config),
+        labels=facts.labels,
+        samples=facts.samples,
+        checkpoint_path=checkpoint.path.name,
+        checkpoint_sha256=checkpoint.sha256,
+        peeled=checkpoint.peeled,
+        loaded=len(checkpoint.tensors),
+        dropped=checkpoint.dropped,
+    )
+
+
+def _load(family: ModelFamily, config: Any, tensors: Mapping[str, torch.Tensor], checkpoint: Checkpoint) -> nn.Module:
+    with torch.device("meta"):
+        wanted = {
+            name: value.shape
+            for name, value in family.build(config).state_dict().items()
+            if not name.endswith("num_batches_tracked")
+        }
+    missing = [name for name in wanted if name not in tensors]
+    extra = [name for name in tensors if name not in wanted]
+    if missing or extra:
+        parts = [
+            f"{len(names)} tensors are {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for names, what in ((missing, "missing"), (extra, "not part of it"))
+            if names
+        ]
+        raise CheckpointError(
+            f"'{checkpoint.path}' is no complete {family.title}: {' and '.join(parts)}",
+            hint="every tensor has to be used and none may be missing; is this the right checkpoint?",
+        )
+    for name, shape in wanted.items():
+        if tensors[name].shape != shape:
+            raise CheckpointError(
+                f"tensor '{name}' in '{checkpoint.path}' has shape {tuple(tensors[name].shape)}, "
+                f"the network needs {tuple(shape)}",
+                hint="the file mixes two networks",
+            )
+    network = family.build(config)
+    network.load_state_dict(dict(tensors), strict=False)  # complete by the check above, but for BatchNorm counters
+    return network.eval().requires_grad_(False)
+
+
+def _published_name(family: ModelFamily, config: Any) -> str | None:
+    free = {
+        "image_size": config.image_size,
+        "classes": config.classes,
+        "channels": config.channels,
+        "aux_threshold": config.aux_threshold,
+    }
+    matches = (name for name, variant in family.variants.items() if replace(variant, **free) == config)
+    return next(matches, None)
+
+
+def _name_from(checkpoint: Checkpoint, family: ModelFamily) -> str:
+    stem = re.sub(r"[^a-z0-9]+", "-", checkpoint.path.stem.lower()).strip("-")
+    return stem if stem.startswith("castling") else f"{family.name}-{stem or 'custom'}"
+
+
+def _refuse(model: str, name: str) -> None:
+    known = [*FAMILIES, *(variant for family in families() for variant in family.variants), name]
+    if model in known:
+        raise UsageError(f"the checkpoint is a '{name}', not a '{model}'", hint="leave --model out")
+    raise UsageError(f"unknown model '{model}'", hint=did_you_mean(model, known))
+
+
+def _preprocessing(facts: Stated, config: Any) -> Preprocessing:
+    gray = config.channels == 1
+    mean = facts.mean or ((0.5,) if gray else IMAGENET_MEAN)
+    std = facts.std or ((0.5,) if gray else IMAGENET_STD)
+    if not len(mean) == len(std) == config.channels or config.channels not in (1, 3):
+        raise CheckpointError(
+            f"a network of {config.channels} input channels cannot be fed images normalised by "
+            f"{len(mean)} means and {len(std)} standard deviations",
+            hint="state 'mean' and 'std' of 1 or 3 channels in the file's metadata",
+        )
+    usual = Preprocessing(size=config.image_size)
+    return Preprocessing(
+        size=config.image_size,
+        mean=mean,
+        std=std,
+        resize_kernel=facts.resize_kernel or usual.resize_kernel,
+        crop_fraction=facts.crop_fraction or usual.crop_fraction,
+        channel_order="L" if gray else "RGB",
+    )

@@ -1,0 +1,70 @@
+"""What a checkpoint is: family, size, work, what the cast removes and what the fold folds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from castling_deploy.castle import LayerCast, castle, measure_cast
+from castling_deploy.checkpoint import read
+from castling_deploy.fold import FoldStep, fold
+from castling_deploy.identify import ModelCard, identify
+from castling_deploy.probes import probes_for
+
+IMAGES = 8  # real images that the evidence of the cast is gathered on
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Weights, and multiply-accumulates for one image."""
+
+    parameters: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint's network as trained, cast and folded. `dead` names the tensors that only the branch used."""
+
+    card: ModelCard
+    trained: Stage
+    castled: Stage
+    folded: Stage
+    layers: tuple[LayerCast, ...]
+    dead: tuple[str, ...]
+    rules: Mapping[str, int]
+
+
+def inspect_checkpoint(path: Path, model: str | None = None, image_size: tuple[int, int] | None = None) -> Inspection:
+    """Read, cast and fold the checkpoint without exporting it. Raises CheckpointError."""
+    network, card = identify(read(path), model=model, image_size=image_size)
+    castled = castle(network)
+    steps: list[FoldStep] = []
+    folded = fold(castled, steps.append)
+    probes = probes_for(card.preprocessing, card.samples)
+    layers = measure_cast(network, torch.from_numpy(probes.tensors[:IMAGES]))
+    dead = sorted({name for name, _ in network.named_parameters()} - {name for name, _ in castled.named_parameters()})
+    shape = (1, card.config.channels, *card.config.image_size)
+    return Inspection(
+        card,
+        _stage(network, shape),
+        _stage(castled, shape),
+        _stage(folded, shape),
+        layers,
+        tuple(dead),
+        dict(Counter(step.rule for step in steps)),
+    )
+
+
+@torch.no_grad()
+def _stage(network: nn.Module, shape: tuple[int, ...]) -> Stage:
+    with FlopCounterMode(display=False) as counter:
+        network(torch.zeros(shape))
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return Stage(parameters, counter.get_total_flops() // 2)

@@ -1,0 +1,222 @@
+"""Parity: does an artefact compute what the reference computes, and could this comparison have told if it did not?
+
+An error is measured against what the output has to say: `rel = max|artefact - reference| / spread`, the spread being
+how far the reference's outputs for different real images lie apart. (An input whose output lies farther from those of
+the real images than they from each other is measured by its own distance: inputs far out of range say more.) Two
+untrained networks agree on every top-1 and within 1e-3 for different images, so a comparison states its power, and one
+without power is `inconclusive`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from castling_deploy.target import Precision, Witness
+
+Array = npt.NDArray[np.floating]
+
+MIN_POWER = 0.95  # share of image pairs that the gate has to tell apart
+DISTANCE_IMAGES = 64  # whose pairwise distances are taken: 2,016 pairs
+CLEARLY_WRONG = 8.0  # times the rounding noise: such an error is no rounding, however badly conditioned the network
+
+
+class Verdict(StrEnum):
+    """What a comparison says."""
+
+    PASS = "pass"
+    FAIL = "fail"
+    INCONCLUSIVE = "inconclusive"
+
+    @staticmethod
+    def worst(verdicts: Sequence[Verdict]) -> Verdict:
+        """FAIL before INCONCLUSIVE before PASS; nothing compared is not a pass."""
+        for verdict in (Verdict.FAIL, Verdict.INCONCLUSIVE):
+            if verdict in verdicts:
+                return verdict
+        return Verdict.PASS if verdicts else Verdict.INCONCLUSIVE
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """`limit` on rel, for arithmetic that rounds to one part in 1 / `epsilon`."""
+
+    limit: float
+    epsilon: float
+
+
+TOLERANCES: Mapping[Precision, Tolerance] = {
+    Precision.FP32: Tolerance(1e-4, float(np.finfo(np.float32).eps)),
+    Precision.FP16: Tolerance(2e-2, float(np.finfo(np.float16).eps)),
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The outputs to compare with, (P, ...) float32, the first `real` of them for real images.
+
+    `noise` is the rel of the reference itself in float32 against float64: what its own rounding does to the output.
+    """
+
+    outputs: Array
+    real: int
+    noise: float
+
+    @cached_property
+    def spread(self) -> float:
+        """Median over pairs of real images of the largest difference between their outputs."""
+        return float(np.median(self._distances)) if self._distances.size else 0.0
+
+    def rel(self, actual: Array, expected: Array) -> float | None:
+        """max|actual - expected| over outputs (n, ...) of these images or others, against what each output has to say:
+        the spread, or its median distance to the real images' outputs where that is larger. None without a spread."""
+        if self.spread == 0 or not len(expected):
+            return None
+        flat = expected.reshape(len(expected), -1).astype(np.float64)
+        distances = np.abs(flat[:, None] - self._real[None]).max(axis=2, initial=0)  # (n, real)
+        scales = np.maximum(self.spread, np.median(distances, axis=1))
+        error = np.abs(actual.reshape(flat.shape).astype(np.float64) - flat).max(axis=1, initial=0)
+        return float((error / scales).max())
+
+    def noise_rel(self, tolerance: Tolerance) -> float:
+        """The rel that arithmetic of this precision is expected to make."""
+        return self.noise * tolerance.epsilon / float(np.finfo(np.float32).eps)
+
+    def power(self, tolerance: Tolerance) -> float:
+        """Share of the pairs of real images that the gate tells apart: were one output another's, it would fail."""
+        if self.spread == 0:
+            return 0.0
+        blind = (tolerance.limit + self.noise_rel(tolerance)) * self.spread
+        return float((self._distances > blind).mean())
+
+    @cached_property
+    def _real(self) -> Array:
+        real = self.outputs[: min(self.real, DISTANCE_IMAGES)].astype(np.float64)
+        return real.reshape(len(real), int(np.prod(real.shape[1:])))
+
+    @cached_property
+    def _distances(self) -> Array:
+        first, second = np.triu_indices(len(self._real), k=1)
+        distances: Array = np.abs(self._real[first] - self._real[second]).max(axis=1, initial=0)
+        return distances
+
+
+@dataclass(frozen=True)
+class OutputParity:
+    """The numbers of one output. None where a number has no meaning (no top-1 without classes)."""
+
+    name: str
+    max_abs: float | None
+    rel: float | None
+    cosine: float | None
+    sqnr_db: float | None
+    top1_agreement: float | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class WitnessReport:
+    """What one witness computed, output by output, and its top-1 accuracy in percent where labels are known."""
+
+    witness: Witness
+    outputs: tuple[OutputParity, ...]
+    accuracy: float | None
+
+    @property
+    def verdict(self) -> Verdict:
+        return Verdict.worst([output.verdict for output in self.outputs])
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of the ladder from the checkpoint to the artefact, against the rung it is judged by.
+
+    `limit` is None where no number decides (the cast is an approximation: its evidence is in the report).
+    """
+
+    name: str
+    rel: float | None
+    limit: float | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Verdict, power, every rung and every witness. The cast's rung informs; it does not decide."""
+
+    precision: Precision
+    power: float
+    spread: float
+    noise_rel: float
+    probes: int
+    rungs: tuple[Rung, ...]
+    witnesses: tuple[WitnessReport, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        decisive = [rung.verdict for rung in self.rungs if rung.limit is not None]
+        return Verdict.worst(
+            [*decisive, *(report.verdict for report in self.witnesses)]
+            if self.witnesses
+            else [*decisive, Verdict.INCONCLUSIVE]
+        )
+
+
+def compare(name: str, actual: Array, reference: Reference, tolerance: Tolerance, power: float) -> OutputParity:
+    """`actual` (P, ...) against the reference. A NaN never passes; a shape that differs never passes.
+
+    `power` is that of the whole comparison: an output that follows from another (probabilities from logits) may tell
+    fewer images apart without harm.
+    """
+    expected = reference.outputs.astype(np.float64)
+    actual = np.asarray(actual, np.float64)
+    if actual.shape != expected.shape or not np.isfinite(actual).all():
+        return OutputParity(name, None, None, None, None, None, Verdict.FAIL)
+    error = actual - expected
+    rel = reference.rel(actual, expected)
+    lengths = np.linalg.norm(actual) * np.linalg.norm(expected)
+    noise_power = float((error**2).sum())
+    return OutputParity(
+        name,
+        float(np.abs(error).max(initial=0)),
+        rel,
+        cosine=float((actual * expected).sum() / lengths) if lengths else None,
+        sqnr_db=float(10 * np.log10((expected**2).sum() / noise_power)) if noise_power else None,
+        top1_agreement=top1_agreement(actual, expected, tolerance.limit * reference.spread),
+        verdict=judged(rel, reference, tolerance, power),
+    )
+
+
+def judged(rel: float | None, reference: Reference, tolerance: Tolerance, power: float) -> Verdict:
+    """The verdict on an error, given what this comparison can tell."""
+    if rel is None or not len(reference.outputs):
+        return Verdict.INCONCLUSIVE
+    noise = reference.noise_rel(tolerance)
+    if rel > max(tolerance.limit, CLEARLY_WRONG * noise):
+        return Verdict.FAIL
+    if rel > tolerance.limit or power < MIN_POWER:
+        return Verdict.INCONCLUSIVE
+    return Verdict.PASS
+
+
+def top1_agreement(actual: Array, expected: Array, bound: float) -> float | None:
+    """Share of rows (P, classes) with the same top-1. A flip counts only where the margin of the reference, between
+    its first class and its second, exceeds twice the error bound: closer ones are ties within the tolerance."""
+    if expected.ndim != 2 or expected.shape[1] < 2 or not len(expected):
+        return None
+    ordered = np.sort(expected, axis=1)
+    clear = ordered[:, -1] - ordered[:, -2] > 2 * bound
+    flipped = (actual.argmax(1) != expected.argmax(1)) & clear
+    return float(1 - flipped.mean())
+
+
+def top1_accuracy(logits: Array, labels: npt.NDArray[np.int64] | None) -> float | None:
+    """Percent of the labelled images, which come first in `logits`, that are classified right."""
+    if labels is None:
+        return None
+    return float(100 * (logits[: len(labels)].argmax(1) == labels).mean())

@@ -1,0 +1,117 @@
+"""The whole tool on one screen: read -> identify -> castle -> fold -> export -> verify -> measure -> report.
+
+Each step is a pure function of its own module; each target is one file in `export/`. No format's name occurs here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from castling_deploy import artifact as written
+from castling_deploy import bundled, checkpoint
+from castling_deploy.errors import CastlingError, ExportError
+from castling_deploy.folder import artifact_folder, refuse_if_taken
+from castling_deploy.identify import ModelCard, identify
+from castling_deploy.ladder import Ladder, climb
+from castling_deploy.latency import TIMED, LatencyReport
+from castling_deploy.parity import ParityReport
+from castling_deploy.probes import probes_for
+from castling_deploy.progress import Progress, Silent
+from castling_deploy.quiet import captured, tail
+from castling_deploy.request import Request, Step, plan
+from castling_deploy.target import (
+    Artifact,
+    Missing,
+    Network,
+)
+from castling_deploy.verification import measure, verify_artifact
+
+
+@dataclass(frozen=True)
+class Result:
+    """One artefact that was made, or the error that kept it from being made."""
+
+    step: Step
+    path: Path | None = None
+    artifact: Artifact | None = None
+    parity: ParityReport | None = None
+    latency: LatencyReport | None = None
+    missing: Missing | None = None
+    error: CastlingError | None = None
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """Everything that `deploy` found out."""
+
+    card: ModelCard
+    ladder: Ladder
+    results: tuple[Result, ...]
+
+
+def deploy(request: Request, progress: Progress | None = None) -> Deployment:
+    """Export, verify and measure. Raises CastlingError for what concerns the network; what concerns one target is
+    in its Result, so that one target's trouble costs no other target its artefact."""
+    progress = progress or Silent()
+    plan(request)  # refuses before anything is read
+    with progress.stage("read and identify the checkpoint"):
+        path = request.checkpoint or bundled.checkpoint_path(request.model or bundled.DEFAULT)
+        network, card = identify(checkpoint.read(path), model=request.model, image_size=request.image_size)
+    return deploy_network(request, network, card, progress)
+
+
+def deploy_network(
+    request: Request, network: nn.Module, card: ModelCard, progress: Progress | None = None
+) -> Deployment:
+    """`deploy` for a network that is loaded already, in training form and eval mode."""
+    progress = progress or Silent()
+    steps = plan(request)
+    for step in steps:
+        refuse_if_taken(folder_of(request, card, step), overwrite=request.overwrite)
+    with progress.stage("castle, fold, and run the reference") as advance:
+        ladder = climb(network, probes_for(card.preprocessing, card.samples, request.seed), advance)
+    return Deployment(card, ladder, tuple(produce(request, step, card, ladder, progress) for step in steps))
+
+
+def folder_of(request: Request, card: ModelCard, step: Step) -> Path:
+    """<output>/<model>-<target>-<precision>."""
+    return request.output / f"{card.name}-{step.target.name}-{step.precision}"
+
+
+def produce(request: Request, step: Step, card: ModelCard, ladder: Ladder, progress: Progress) -> Result:
+    """One artefact: exported, verified, measured, described, and only then given its name."""
+    missing = step.target.missing()
+    if missing is not None:
+        return Result(step, missing=missing)
+    network = written.network_for(card, ladder.folded, request.batch_size)
+    path = folder_of(request, card, step)
+    try:
+        with artifact_folder(path, overwrite=request.overwrite) as folder:
+            with progress.stage(f"{step.target.name}: export {step.precision}"):
+                artifact = _export(step, network, folder)
+            with progress.stage(f"{step.target.name}: verify") as advance:
+                parity = verify_artifact(step.target, artifact, folder, ladder, step.precision, advance)
+            latency = None
+            if request.benchmark and step.target.witness().kind in TIMED:
+                with progress.stage(f"{step.target.name}: measure latency"):
+                    latency = measure(step.target, artifact, folder, ladder)
+            written.describe(folder, card, ladder, step.target, step.precision, step.options, artifact, parity, latency)
+        return Result(step, path, artifact, parity, latency, artifact.unfinished)
+    except CastlingError as error:
+        return Result(step, error=error)
+
+
+def _export(step: Step, network: Network, folder: Path) -> Artifact:
+    with captured() as log:
+        try:
+            return step.target.export(network, step.precision, step.options, folder)
+        except (CastlingError, OSError):
+            raise
+        except Exception as error:  # a toolchain's own error, of any type
+            raise ExportError(
+                f"{step.target.name}: {type(error).__name__}: {str(error).strip()[:500]}",
+                hint=f"the toolchain's last words:\n{tail(log)}",
+            ) from error

@@ -1,0 +1,85 @@
+"""The inputs that every comparison is made on: real images first, then the structured ones that break exports.
+
+Random noise alone is not enough: an export by one toolchain passed on noise and was off by 10 on a photograph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from castling_deploy import bundled
+from castling_deploy.preprocessing import Preprocessing
+
+EXTREME = 4.0  # how far the scaled probes leave the range of normalised pixels; only for artefacts that take tensors
+
+
+@dataclass(frozen=True)
+class Probes:
+    """`images` (P, H, W, C) uint8, at the network's size; the first `real` of them are photographs or scans.
+
+    `extremes` more inputs are the first real images, normalised and then multiplied by EXTREME: an artefact that takes
+    tensors has to compute them too. `labels` (real,) are known for the bundled networks.
+    """
+
+    preprocessing: Preprocessing
+    images: npt.NDArray[np.uint8]
+    real: int
+    extremes: int
+    labels: npt.NDArray[np.int64] | None
+
+    @cached_property
+    def tensors(self) -> npt.NDArray[np.float32]:
+        """(P + extremes, C, H, W) float32: what an artefact that takes tensors is fed."""
+        plain = self.preprocessing.normalised(self.images)
+        return np.concatenate([plain, plain[: self.extremes] * np.float32(EXTREME)])
+
+    def few(self, count: int) -> Probes:
+        """`count` real images and the structured ones, for what is too slow to run on all."""
+        keep = min(count, self.real)
+        return replace(
+            self,
+            images=np.concatenate([self.images[:keep], self.images[self.real :]]),
+            real=keep,
+            extremes=min(self.extremes, keep),
+            labels=None if self.labels is None else self.labels[:keep],
+        )
+
+
+def probes_for(preprocessing: Preprocessing, samples: str | None, seed: int = 0) -> Probes:
+    """The probes of a network: the bundled images it was trained for, or photographs; and the structured ones.
+
+    `seed` is that of the noise among them.
+    """
+    labels = None
+    pictures = bundled.photographs()
+    if samples == "digits":
+        pictures, digits = bundled.digits()
+        labels = digits.astype(np.int64)
+    real = np.stack([preprocessing.resized(picture) for picture in pictures])
+    return Probes(
+        preprocessing,
+        np.concatenate([real, structured(preprocessing.size, real.shape[-1], seed)]),
+        real=len(real),
+        extremes=2,
+        labels=labels,
+    )
+
+
+def structured(size: tuple[int, int], channels: int, seed: int = 0) -> npt.NDArray[np.uint8]:
+    """Flat gray, black, white, one saturated image per channel, ramps, a checkerboard, noise: (n, H, W, C) uint8."""
+    height, width = size
+    generator = np.random.default_rng(seed)
+    flat = [np.full((height, width, channels), value, np.uint8) for value in (128, 0, 255)]
+    saturated = [np.zeros((height, width, channels), np.uint8) for _ in range(channels)]
+    for channel, image in enumerate(saturated):
+        image[..., channel] = 255
+    down, across = np.linspace(0, 255, height).astype(np.uint8), np.linspace(0, 255, width).astype(np.uint8)
+    ramps = [np.broadcast_to(down[:, None, None], flat[0].shape), np.broadcast_to(across[None, :, None], flat[0].shape)]
+    rows, columns = np.indices(size)
+    checkerboard = np.repeat((((rows // 4 + columns // 4) % 2) * 255).astype(np.uint8)[..., None], channels, axis=-1)
+    noise = generator.integers(0, 256, (2, height, width, channels), np.uint8)
+    return np.stack([*flat, *saturated, *ramps, checkerboard, *noise])

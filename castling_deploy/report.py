@@ -1,0 +1,79 @@
+"""The JSON document of a deployment, and the exit code of each of its results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from castling_deploy import documents
+from castling_deploy.artifact import parameters
+from castling_deploy.errors import InconclusiveError, ParityError, TargetUnavailableError
+from castling_deploy.folder import files_in, size_bytes
+from castling_deploy.parity import Verdict
+from castling_deploy.pipeline import Deployment, Result
+
+
+def deployment_document(deployment: Deployment) -> dict[str, Any]:
+    """What `castling export --json` prints."""
+    ladder, card = deployment.ladder, deployment.card
+    return {
+        "schema": documents.SCHEMA,
+        "checkpoint": documents.checkpoint_document(card),
+        "model": documents.model_document(card, parameters(ladder.folded)),
+        "cast": documents.cast_document(ladder),
+        "fold": documents.fold_document(ladder),
+        "artifacts": [artifact_document(result, deployment) for result in deployment.results],
+    }
+
+
+def artifact_document(result: Result, deployment: Deployment) -> dict[str, Any]:
+    """One artefact of the document; what does not exist is null."""
+    files = files_in(result.path) if result.path is not None else []
+    parity = None if result.parity is None else documents.parity_document(result.parity, deployment.ladder)
+    return {
+        "target": result.step.target.name,
+        "precision": result.step.precision,
+        "path": result.path,
+        "files": [path.as_posix() for path in files],
+        "bytes": model_bytes(result),
+        "parity": parity,
+        "latency": documents.latency_document(result.latency),
+        "details": None if result.artifact is None else result.artifact.details,
+        "status": status(result),
+        "reason": reason(result),
+    }
+
+
+def model_bytes(result: Result) -> int | None:
+    """The size of the model itself, without what is written beside it; None where there is none."""
+    if result.path is None or result.artifact is None:
+        return None
+    return size_bytes(result.path, result.artifact.files)
+
+
+def status(result: Result) -> str:
+    """ok, failed or unavailable."""
+    if result.error is not None or (result.parity is not None and result.parity.verdict is Verdict.FAIL):
+        return "failed"
+    return "unavailable" if result.missing is not None else "ok"
+
+
+def reason(result: Result) -> str | None:
+    """Why the status is not ok, or why an ok one is in doubt, with the fix."""
+    if result.error is not None:
+        return str(result.error)
+    if result.parity is not None and result.parity.verdict is not Verdict.PASS:
+        return f"parity {result.parity.verdict}: see parity.json"
+    if result.missing is not None:
+        return f"{result.missing.reason}; to mend it: {result.missing.fix}"
+    return None
+
+
+def exit_code(result: Result) -> int:
+    """The exit code this result stands for."""
+    if result.error is not None:
+        return result.error.exit_code
+    if result.parity is not None and result.parity.verdict is Verdict.FAIL:
+        return ParityError.exit_code
+    if result.parity is not None and result.parity.verdict is Verdict.INCONCLUSIVE:
+        return InconclusiveError.exit_code
+    return TargetUnavailableError.exit_code if result.missing is not None else 0

@@ -1,0 +1,45 @@
+"""What the user asked for, and what it comes to, target by target; decided without torch and without a toolchain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from castling_deploy.target import Precision, Target, options_for, precision_for, target_named
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for. `options` holds only what was asked; each target refuses what it does not know."""
+
+    targets: tuple[str, ...]
+    checkpoint: Path | None = None
+    model: str | None = None
+    precision: str | None = None
+    image_size: tuple[int, int] | None = None
+    batch_size: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+    output: Path = Path("castling-out")
+    benchmark: bool = True
+    overwrite: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One artefact to be made."""
+
+    target: Target
+    precision: Precision
+    options: Any
+
+
+def plan(request: Request) -> tuple[Step, ...]:
+    """The artefacts to make. Whatever a target cannot honour is refused here, before anything heavy is imported."""
+    targets = [target_named(name) for name in request.targets]
+    return tuple(
+        Step(target, precision_for(target, request.precision), options_for(target, request.options))
+        for target in {target.name: target for target in targets}.values()
+    )

@@ -1,0 +1,210 @@
+"""What a target promises, and the list of targets.
+
+One target is one file in `export/`: a class with the members of `Target` and a frozen dataclass of the options it
+understands. What a format can do is written there and nowhere else; the pipeline reads it through this protocol and
+knows no format's name. This module imports no toolchain and no torch, so that `castling --help` stays quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from castling_deploy.errors import UsageError
+from castling_deploy.preprocessing import Preprocessing
+from castling_deploy.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+    from torch import nn
+
+    Arrays = Mapping[str, npt.NDArray[np.generic]]
+
+
+class Precision(StrEnum):
+    """Arithmetic an artefact is built for."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
+
+
+class WitnessKind(StrEnum):
+    """How much a witness's word is worth, strongest first. A report never calls a witness more than it is."""
+
+    DEVICE = "device"  # the real device ran the artefact
+    RUNTIME = "runtime"  # the vendor's runtime ran it on this machine
+    SIMULATED = "simulated"  # the vendor's own simulator of the device
+    EMULATED = "emulated"  # the device's instruction set under emulation
+    REFERENCE = "reference"  # an evaluator of the artefact's own program and weights, not the vendor's runtime
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of an artefact: name, shape (B first), numpy dtype name, axis letters.
+
+    `content` is "image" where the artefact takes raw uint8 pixels (B, H, W, C) and normalises them itself,
+    "tensor" where it takes what `Preprocessing.normalised` returns. A dynamic axis is -1.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    layout: str
+    content: Literal["tensor", "image"] = "tensor"
+
+
+@dataclass(frozen=True)
+class Network:
+    """What every exporter is handed: a folded network in eval mode, in float32, and the facts around it.
+
+    `module` maps (B, C, H, W) float32, normalised, to logits (B, classes).
+    """
+
+    name: str
+    module: nn.Module
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    preprocessing: Preprocessing
+    labels: tuple[str, ...] | None
+    description: str
+    metadata: Mapping[str, str]
+
+    def example(self) -> tuple[torch.Tensor, ...]:
+        """Deterministic inputs of the right shape for tracing; no two values alike, none of them zero."""
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        return tuple(torch.randn(spec.shape, generator=generator) for spec in self.inputs)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Why a target, or the last step of one, cannot run here, and the exact line that mends it."""
+
+    reason: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What an exporter wrote into its folder.
+
+    `files` are relative to the folder (a package that is a directory counts as one). `details` are facts about what
+    was built (opset, delegates, ...) for the report and the manifest. `usage` is Markdown: how to load the artefact
+    in the languages of its platform. `unfinished` says what a last step still needs (an engine without its builder).
+    """
+
+    files: tuple[str, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    tools: Mapping[str, str]
+    loads_with: tuple[str, ...]
+    usage: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+    unfinished: Missing | None = None
+
+
+@dataclass(frozen=True)
+class Witness:
+    """Who executed an artefact: its name with the version, and how much its word is worth."""
+
+    name: str
+    kind: WitnessKind
+
+
+class Session(Protocol):
+    """An artefact, loaded from disk and ready to run."""
+
+    witness: Witness
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """Inputs by name, in the shapes and dtypes of the artefact's specs, to outputs by name."""
+
+
+class Target(Protocol):
+    """A format. Class members are data; the methods are all that differs from format to format.
+
+    `precisions[0]` is the default. `options` is a frozen dataclass: its fields are the options the target
+    understands, and its `__post_init__` refuses bad values. `extra` is the pip extra that installs the toolchain.
+    """
+
+    name: str
+    extra: str
+    precisions: tuple[Precision, ...]
+    options: type[Any]
+
+    def missing(self) -> Missing | None:
+        """What keeps this target from exporting here; None when nothing does. Imports no toolchain."""
+
+    def unfinished(self) -> Missing | None:
+        """What a last step still needs here (an engine without its builder); None when an export is complete."""
+
+    def witness(self) -> Witness:
+        """Who runs an artefact of this target on this machine. Imports no toolchain."""
+
+    def export(self, network: Network, precision: Precision, options: Any, folder: Path) -> Artifact:
+        """Write the artefact into `folder` (which exists and is empty). Raises ExportError."""
+
+    def load(self, folder: Path, *, threads: int = 1) -> AbstractContextManager[Session]:
+        """The artefact of `folder`, loaded by the strongest witness present here. Raises ExportError."""
+
+
+TARGETS: Mapping[str, str] = {
+    "onnx": "castling_deploy.export.to_onnx:OnnxTarget",
+    "tensorrt": "castling_deploy.export.to_tensorrt:TensorRTTarget",
+    "coreml": "castling_deploy.export.to_coreml:CoreMLTarget",
+    "executorch": "castling_deploy.export.to_executorch:ExecuTorchTarget",
+}
+ALIASES: Mapping[str, str] = {
+    "trt": "tensorrt",
+    "engine": "tensorrt",
+    "mlpackage": "coreml",
+    "ios": "coreml",
+    "pte": "executorch",
+}
+
+
+def target_named(name: str) -> Target:
+    """The target called `name`, or by one of its aliases. Raises UsageError with a suggestion."""
+    name = name.strip().lower()
+    name = ALIASES.get(name, name)
+    if name not in TARGETS:
+        raise UsageError(f"unknown target '{name}'", hint=did_you_mean(name, [*TARGETS, *ALIASES]))
+    module, _, attribute = TARGETS[name].partition(":")
+    target: Target = getattr(importlib.import_module(module), attribute)()
+    return target
+
+
+def options_for(target: Target, asked: Mapping[str, Any]) -> Any:
+    """The target's own options from what the user asked for. No option is ignored: one it lacks is a UsageError."""
+    known = {item.name for item in dataclasses.fields(target.options)}
+    for name in asked:
+        if name not in known:
+            can = ", ".join("--" + item.replace("_", "-") for item in sorted(known)) or "none"
+            raise UsageError(
+                f"target '{target.name}' has no option --{name.replace('_', '-')}",
+                hint=f"leave it out for this target; its own options: {can}",
+            )
+    return target.options(**asked)
+
+
+def precision_for(target: Target, asked: str | None) -> Precision:
+    """The precision to build: the one asked for, or the target's default. Raises UsageError."""
+    if asked is None:
+        return target.precisions[0]
+    names = [precision.value for precision in Precision]
+    if asked not in names:
+        raise UsageError(f"unknown precision '{asked}'", hint=did_you_mean(asked, names))
+    if Precision(asked) not in target.precisions:
+        can = ", ".join(target.precisions)
+        raise UsageError(f"target '{target.name}' cannot be built in {asked}", hint=f"it can be built in: {can}")
+    return Precision(asked)

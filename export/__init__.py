@@ -1,0 +1,5 @@
+"""Exporters: one file per target. Importing one imports no toolchain."""
+
+from castling_deploy.verbs import make_callable
+
+make_callable(__name__)

@@ -1,0 +1,87 @@
+"""From a network to an ML Program: the interface that an app meets, torch.export, coremltools."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from castling_deploy.errors import ExportError
+from castling_deploy.target import Network, Precision
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def exported_program(network: Network, *, pixels: bool, scores: bool) -> torch.export.ExportedProgram:
+    """The graph that coremltools is handed, in the dialect it takes. Raises ExportError."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(interface(network, pixels=pixels, scores=scores), network.example())
+            return exported.run_decompositions({})
+    except Exception as error:  # torch.export raises errors of a dozen classes, most of them private
+        raise ExportError(f"torch.export refuses the network: {error}") from error
+
+
+def interface(network: Network, *, pixels: bool, scores: bool) -> nn.Module:
+    """The network between what an app has and what it wants.
+
+    `pixels`: takes them raw, (1, C, H, W) in 0..255, and normalises them itself. `scores`: returns the softmax of the
+    logits beside the logits.
+    """
+    import torch
+    from torch import nn
+
+    class Interface(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network.module
+            mean, std = (
+                255 * torch.tensor(values, dtype=torch.float64).reshape(1, -1, 1, 1)
+                for values in (network.preprocessing.mean, network.preprocessing.std)
+            )
+            self.mean, self.std = nn.Buffer(mean.float()), nn.Buffer(std.float())
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+            if pixels:
+                # (x / 255 - mean) / std, multiplied out: two operations, in float16 off by 0.0005 on average, as the
+                # three are. As operations, because ct.ImageType has a bias per channel but one scale for all.
+                image = (image - self.mean) / self.std
+            logits: torch.Tensor = self.network(image)
+            return (logits, logits.softmax(-1)) if scores else logits
+
+    return Interface().eval()
+
+
+def converted(
+    program: torch.export.ExportedProgram,
+    network: Network,
+    precision: Precision,
+    *,
+    pixels: bool,
+    outputs: tuple[str, ...],
+) -> Any:
+    """The program as coremltools' MLModel, float32 at its interface. Raises ExportError."""
+    import coremltools as ct
+    import numpy as np
+
+    (spec,) = network.inputs
+    colours = ct.colorlayout.GRAYSCALE if spec.shape[1] == 1 else ct.colorlayout.RGB
+    given = (
+        ct.ImageType(name=spec.name, shape=spec.shape, color_layout=colours)
+        if pixels
+        else ct.TensorType(name=spec.name, shape=spec.shape, dtype=np.float32)
+    )
+    try:
+        return ct.convert(
+            program,
+            convert_to="mlprogram",
+            minimum_deployment_target=ct.target.iOS17,
+            skip_model_load=True,
+            compute_precision=ct.precision.FLOAT16 if precision is Precision.FP16 else ct.precision.FLOAT32,
+            inputs=[given],
+            outputs=[ct.TensorType(name=name, dtype=np.float32) for name in outputs],
+        )
+    except Exception as error:  # ValueError, NotImplementedError, RuntimeError, AssertionError, ...
+        raise ExportError(f"coremltools refuses the network: {error}") from error

@@ -1,0 +1,147 @@
+"""float16 by explicit Cast nodes: an ONNX graph whose every type is written down, as strongly typed runtimes need it.
+
+Arithmetic and weights are float16. What float16 cannot hold stays float32, between casts: reductions (a sum of squares
+passes 65504 long before its terms do), the division that closes a norm, and nodes with a constant that float16 would
+turn into something else. The interface stays float32.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from castling_deploy.errors import ExportError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import onnx
+
+# Operators with a sum over an axis in them.
+REDUCTIONS = frozenset({"LayerNormalization", "ReduceL2", "ReduceMean", "ReduceSum", "Softmax"})
+# x / max(||x||, floor): float32 as long as the norm is, so that a norm is not rounded before it divides.
+CLOSES_A_NORM = frozenset({"Clip", "Div", "Max"})
+
+LARGEST, SMALLEST_NORMAL, UNIT_ROUNDOFF = 65504.0, 2.0**-14, 2.0**-11  # IEEE 754 binary16
+
+
+def half(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A new model that computes the float32 `model` in float16, its reductions in float32.
+
+    A float32 tensor keeps its name and its float16 rounding is called `<name>_fp16`. Either is made at most once, where
+    it is first needed, so that no two casts cancel. Raises ExportError when the result would not be well typed.
+    """
+    import onnx
+
+    rewriting = _Rewriting(model)
+    for node in model.graph.node:
+        rewriting.append(node)
+    for output in model.graph.output:
+        rewriting.version(output.name, onnx.TensorProto.FLOAT)
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    result.graph.CopyFrom(
+        onnx.helper.make_graph(
+            rewriting.nodes, model.graph.name, model.graph.input, model.graph.output, rewriting.constants_used
+        )
+    )
+    return inferred(result)
+
+
+def inferred(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with a type and a shape for every tensor. Raises ExportError when an operator's types do not agree."""
+    import onnx
+
+    try:
+        return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise ExportError(f"the graph is not well typed: {error}", hint="report this network") from error
+
+
+def fits(constant: npt.NDArray[np.float32]) -> bool:
+    """Whether float16 holds a constant to its precision, 2^-11 relative, taken over the whole tensor.
+
+    The largest entry has to be a normal float16, neither infinite nor subnormal. Entries far below it may become
+    subnormal, as long as the tensor as a whole loses no more than rounding.
+    """
+    import numpy as np
+
+    peak = float(np.abs(constant).max(initial=0.0))
+    if peak == 0.0:
+        return True
+    if not SMALLEST_NORMAL <= peak <= LARGEST:
+        return False
+    wide = constant.astype(np.float64)
+    return float(np.linalg.norm(wide - constant.astype(np.float16))) <= UNIT_ROUNDOFF * float(np.linalg.norm(wide))
+
+
+class _Rewriting:
+    """The typed graph under construction: `nodes` in topological order, and the constants that they use."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        import onnx
+
+        self.float, self.half = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+        graph = inferred(model).graph
+        self.opset = model.opset_import[0].version
+        self.constants = {
+            tensor.name: onnx.numpy_helper.to_array(tensor)
+            for tensor in graph.initializer
+            if tensor.data_type == self.float
+        }
+        self.floats = {
+            value.name
+            for value in (*graph.input, *graph.value_info, *graph.output)
+            if value.type.tensor_type.elem_type == self.float
+        } | self.constants.keys()
+        self.born_wide = {value.name for value in graph.input}
+        self.made = set(self.born_wide)
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants_used = [tensor for tensor in graph.initializer if tensor.name not in self.constants]
+
+    def version(self, name: str, dtype: int) -> str:
+        """The name of the tensor `name` in `dtype`; the first to need it appends its cast."""
+        import numpy as np
+        import onnx
+
+        narrow = f"{name}_fp16"
+        wanted, other = (name, narrow) if dtype == self.float else (narrow, name)
+        if wanted not in self.made:
+            self.made.add(wanted)
+            if name in self.constants:
+                array = self.constants[name].astype(np.float32 if dtype == self.float else np.float16)
+                self.constants_used.append(onnx.numpy_helper.from_array(array, wanted))
+            else:
+                self.nodes.append(onnx.helper.make_node("Cast", [other], [wanted], name=f"{wanted}/Cast", to=dtype))
+        return wanted
+
+    def append(self, node: onnx.NodeProto) -> None:
+        """The node with its inputs and outputs in the type that it computes in."""
+        import onnx
+
+        schema = onnx.defs.get_schema(node.op_type, self.opset, node.domain)
+        wide = self.stays_wide(node)
+        typed = onnx.NodeProto()
+        typed.CopyFrom(node)
+        narrowed: set[str] = set()  # type variables of the schema, "T"
+        for index, name in enumerate(node.input):
+            if name in self.floats:
+                formal = schema.inputs[min(index, len(schema.inputs) - 1)]
+                narrow = not wide and "tensor(float16)" in formal.types
+                typed.input[index] = self.version(name, self.half if narrow else self.float)
+                narrowed |= {formal.type_str} if narrow else set()
+        for index, name in enumerate(node.output):
+            if name in self.floats:
+                if schema.outputs[min(index, len(schema.outputs) - 1)].type_str in narrowed:
+                    typed.output[index] = f"{name}_fp16"
+                else:
+                    self.born_wide.add(name)
+                self.made.add(typed.output[index])
+        self.nodes.append(typed)
+
+    def stays_wide(self, node: onnx.NodeProto) -> bool:
+        """Whether a node computes in float32."""
+        return (
+            node.op_type in REDUCTIONS
+            or (node.op_type in CLOSES_A_NORM and not self.born_wide.isdisjoint(node.input))
+            or not all(fits(self.constants[name]) for name in node.input if name in self.constants)
+        )

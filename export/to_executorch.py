@@ -1,0 +1,236 @@
+"""ExecuTorch: one model.pte for XNNPACK, the CPUs of phones."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from castling_deploy.errors import ExportError, ShapeError
+from castling_deploy.export.executorch_session import METADATA, ExecuTorchSession
+from castling_deploy.export.pte_contents import PteContents, pte_contents
+from castling_deploy.export.xnnpack_forms import in_xnnpack_forms
+from castling_deploy.target import Artifact, Missing, Network, Precision, Session, Witness, WitnessKind
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+FILE = "model.pte"
+LINE = "1.5."  # the forms, the runtime's thread pool and the reader of the file were checked with 1.5.1
+FIX = "pip install 'castling-deploy[executorch]'"
+CAST = "dim_order_ops::_to_dim_order_copy"
+
+USAGE = """\
+Input `{input}`: {shape} float32, normalised. Output `{output}`: {logits} float32. The method `metadata` of the file
+takes no input and returns preprocessing and labels, a JSON string.
+
+Android (Kotlin), with `implementation("org.pytorch:executorch-android:1.5.+")`:
+
+```kotlin
+val module = Module.load(path)                                            // org.pytorch.executorch
+val image = Tensor.fromBlob(pixels, longArrayOf({sizes}))
+val logits = module.forward(EValue.from(image))[0].toTensor().dataAsFloatArray
+```
+
+iOS and macOS (Swift), linked with `executorch`, `backend_xnnpack` and `kernels_optimized`:
+
+```swift
+import ExecuTorch
+
+let module = Module(filePath: path)
+let image = Tensor<Float>(pixels, shape: [{sizes}])
+let logits = try Tensor<Float>(module.forward(image)).scalars()
+```
+
+Python:
+
+```python
+from executorch.runtime import Runtime
+
+forward = Runtime.get().load_program("{file}").load_method("forward")
+(logits,) = forward.execute([image])    # a contiguous torch.Tensor: the runtime ignores strides
+```
+"""
+
+
+@dataclass(frozen=True)
+class ExecuTorchOptions:
+    """There is nothing to choose: shapes are fixed and XNNPACK is the only backend."""
+
+
+class ExecuTorchTarget:
+    """One model.pte, delegated to XNNPACK, in float32 or with float16 weights and arithmetic.
+
+    In float16 the interface stays float32. ExecuTorch keeps the kernels of convolutions in float32 inside the file,
+    and GELU runs outside XNNPACK, which has no float16 kernel for it.
+    """
+
+    name = "executorch"
+    extra = "executorch"
+    precisions: tuple[Precision, ...] = (Precision.FP32, Precision.FP16)
+    options: type[Any] = ExecuTorchOptions
+
+    def missing(self) -> Missing | None:
+        installed = installed_version()
+        if installed is None:
+            return Missing("executorch is not installed", FIX)
+        if not installed.startswith(LINE):
+            return Missing(f"executorch {installed} is installed, and {LINE}x is needed", FIX)
+        return None
+
+    def unfinished(self) -> Missing | None:
+        return None
+
+    def witness(self) -> Witness:
+        return Witness(f"executorch {installed_version() or LINE + 'x'} XNNPACK", WitnessKind.RUNTIME)
+
+    def export(self, network: Network, precision: Precision, options: ExecuTorchOptions, folder: Path) -> Artifact:
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.backends.xnnpack.utils.configs import get_transform_passes
+        from executorch.exir import to_edge_transform_and_lower
+
+        program = in_xnnpack_forms(traced(network, precision))
+        edge = to_edge_transform_and_lower(
+            program,
+            transform_passes=get_transform_passes(),
+            partitioner=[XnnpackPartitioner()],
+            constant_methods={METADATA: metadata(network)},
+        )
+        data = edge.to_executorch().buffer
+        contents = pte_contents(data)
+        check(contents, network, precision)
+        (folder / FILE).write_bytes(data)
+        (image,), (logits,) = network.inputs, network.outputs
+        usage = USAGE.format(
+            input=image.name,
+            shape=image.shape,
+            output=logits.name,
+            logits=logits.shape,
+            file=FILE,
+            sizes=", ".join(map(str, image.shape)),
+        )
+        return Artifact(
+            (FILE,),
+            network.inputs,
+            network.outputs,
+            {package: version(package) for package in ("torch", "executorch")},
+            ("executorch",),
+            usage,
+            facts(contents, edge.exported_program().graph_module, precision),
+        )
+
+    @contextmanager
+    def load(self, folder: Path, *, threads: int = 1) -> Iterator[Session]:
+        session = ExecuTorchSession(folder / FILE, threads, self.witness())
+        try:
+            yield session
+        finally:
+            session.close()
+
+
+def installed_version() -> str | None:
+    try:
+        return version("executorch")
+    except PackageNotFoundError:
+        return None
+
+
+def traced(network: Network, precision: Precision) -> torch.export.ExportedProgram:
+    """The graph that torch.export sees. Raises ShapeError for an open axis, ExportError when torch refuses."""
+    import torch
+
+    for spec in (*network.inputs, *network.outputs):
+        if min(spec.shape) < 1:
+            raise ShapeError(
+                f"'{spec.name}' has the shape {spec.shape}, and a .pte file for XNNPACK has fixed shapes",
+                hint="give every axis a size: --batch-size, --imgsz",
+            )
+    module = in_half(network.module) if precision is Precision.FP16 else network.module
+    try:
+        with torch.no_grad():
+            return torch.export.export(module, network.example())
+    except Exception as error:  # torch.export raises errors of a dozen classes, most of them private
+        raise ExportError(f"torch.export refuses the network: {error}") from error
+
+
+def in_half(module: nn.Module) -> nn.Module:
+    """A copy with float16 weights and arithmetic that takes and returns float32."""
+    from torch import Tensor, nn
+
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = copy.deepcopy(module).half()
+
+        def forward(self, image: Tensor) -> Tensor:
+            return self.network(image.half()).float()
+
+    return Half().eval()
+
+
+def metadata(network: Network) -> str:
+    """What travels inside the file, as JSON: names of inputs and outputs, and the network's own facts."""
+    return json.dumps(
+        {
+            **network.metadata,
+            "inputs": [spec.name for spec in network.inputs],
+            "outputs": [spec.name for spec in network.outputs],
+        }
+    )
+
+
+def facts(contents: PteContents, edge: torch.fx.GraphModule, precision: Precision) -> dict[str, Any]:
+    """What the report says about the file; `edge` is the program it was written from."""
+    from executorch.exir.lowered_backend_module import get_lowered_backend_modules
+
+    inside = sum(
+        node.op == "call_function"
+        for lowered in get_lowered_backend_modules(edge)
+        for node in lowered.original_module.graph.nodes
+    )
+    return {
+        "delegates": contents.delegates,
+        "delegated_ops": inside,
+        "outside": dict(sorted(contents.outside.items())),
+        "delegated": inside / (inside + sum(contents.outside.values())),
+        "notes": notes(contents, precision),
+    }
+
+
+def notes(contents: PteContents, precision: Precision) -> list[str]:
+    found = [
+        f"XNNPACK does not take {count} {name.partition('::')[2]}: run by ExecuTorch's own kernels"
+        for name, count in sorted(contents.outside.items())
+        if name != CAST
+    ]
+    if precision is Precision.FP16:
+        found += [
+            "needs a CPU with float16 arithmetic: Armv8.2-A, or x86 with AVX2, where a float32 file is faster",
+            "XNNPACK adds in float32 on x86 (1.5.1); its Arm kernels may add in float16",
+        ]
+    return found
+
+
+def check(contents: PteContents, network: Network, precision: Precision) -> None:
+    """Raises ExportError unless XNNPACK runs the network, with every weight of a Linear stored as asked for."""
+    import torch
+    from torch import nn
+
+    if not contents.delegates:
+        raise ExportError("XNNPACK takes no operation of this network", hint="report this network")
+    dtype = torch.float16 if precision is Precision.FP16 else torch.float32
+    for name, module in network.module.named_modules():
+        if isinstance(module, nn.Linear) and stored(module.weight.detach().to(dtype)) not in contents.constants:
+            raise ExportError(
+                f"{precision} was asked for, and the file does not hold {name}.weight in it", hint="report this network"
+            )
+
+
+def stored(tensor: torch.Tensor) -> bytes:
+    return tensor.numpy().tobytes()

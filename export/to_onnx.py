@@ -1,0 +1,261 @@
+"""ONNX: one self-contained model.onnx."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from castling_deploy.errors import ExportError, UsageError
+from castling_deploy.export.onnx_half import half, inferred
+from castling_deploy.export.onnx_session import OnnxSession
+from castling_deploy.target import Artifact, Missing, Network, Precision, Session, TensorSpec, Witness, WitnessKind
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+
+FILE = "model.onnx"
+BATCH = "batch"  # the name of a dynamic batch axis
+OPSETS = range(20, 26)  # what torch 2.13 writes directly; ONNX Runtime 1.32 and TensorRT-RTX 1.7.1 read them all
+LARGEST_FILE = 2**31 - 1  # bytes in one protobuf message
+
+PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
+LEFTOVERS = frozenset({"BatchNormalization", "Dropout", "Identity"})
+
+USAGE = """\
+Python, on any CPU:
+
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+(logits,) = session.run(["{output}"], {{"{input}": images}})    # images: {shape} float32, normalised
+```
+
+Browser (onnxruntime-web):
+
+```javascript
+const session = await ort.InferenceSession.create("model.onnx");
+const {{ {output} }} = await session.run({{ {input}: new ort.Tensor("float32", pixels, {example}) }});
+```
+
+C++:
+
+```cpp
+Ort::Session session(env, ORT_TSTR("model.onnx"), Ort::SessionOptions{{}});
+auto outputs = session.Run(Ort::RunOptions{{}}, inputNames, &image, 1, outputNames, 1);    // "{input}" -> "{output}"
+```
+"""
+
+
+def require_opset(opset: int) -> None:
+    """Raises UsageError for an opset that the networks are not written in."""
+    if opset not in OPSETS:
+        reason = (
+            "GELU is one operator from opset 20 on; before, torch writes five, which ONNX Runtime does not fuse"
+            if opset < OPSETS.start
+            else "torch writes no newer one directly"
+        )
+        raise UsageError(
+            f"opset {opset} cannot be exported: {reason}", hint=f"use --opset {OPSETS.start} to {OPSETS.stop - 1}"
+        )
+
+
+@dataclass(frozen=True)
+class OnnxOptions:
+    """`opset` of the standard operators; `dynamic` leaves the batch open. Raises UsageError for a bad opset."""
+
+    opset: int = 20
+    dynamic: bool = False
+
+    def __post_init__(self) -> None:
+        require_opset(self.opset)
+
+
+class OnnxTarget:
+    """One model.onnx, in float32 or typed float16 (`onnx_half`), for ONNX Runtime and every other reader of ONNX."""
+
+    name = "onnx"
+    extra = ""
+    precisions: tuple[Precision, ...] = (Precision.FP32, Precision.FP16)
+    options: type[Any] = OnnxOptions
+
+    def missing(self) -> Missing | None:
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            if find_spec(package) is None:
+                return Missing(f"{package} is not installed", "pip install castling-deploy")
+        return None
+
+    def unfinished(self) -> Missing | None:
+        return None
+
+    def witness(self) -> Witness:
+        return Witness(f"onnxruntime {version('onnxruntime')}", WitnessKind.RUNTIME)
+
+    def export(self, network: Network, precision: Precision, options: OnnxOptions, folder: Path) -> Artifact:
+        model = onnx_model(network, precision, options.opset, dynamic=options.dynamic)
+        write(model, folder / FILE)
+        inputs, outputs = specs(network, dynamic=options.dynamic)
+        usage = USAGE.format(
+            input=inputs[0].name, output=outputs[0].name, shape=inputs[0].shape, example=list(network.inputs[0].shape)
+        )
+        return Artifact((FILE,), inputs, outputs, tools(), ("onnxruntime",), usage, facts(model))
+
+    @contextmanager
+    def load(self, folder: Path, *, threads: int = 1) -> Iterator[Session]:
+        yield OnnxSession(folder / FILE, threads, WitnessKind.RUNTIME)
+
+
+def onnx_model(network: Network, precision: Precision, opset: int, *, dynamic: bool = False) -> onnx.ModelProto:
+    """`network` as a checked ONNX model, the same bytes for the same network. Raises ExportError."""
+    import onnx
+
+    program = exported_program(network, dynamic=dynamic)
+    model = translated(program, network, opset)
+    if precision is Precision.FP16:
+        model = half(model)
+    softmaxes = sum(str(node.target) in ("aten.softmax.int", "aten._softmax.default") for node in program.graph.nodes)
+    check(model, precision, softmaxes=softmaxes)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"torch wrote an invalid ONNX graph: {error}", hint="try another --opset") from error
+    return model
+
+
+def exported_program(network: Network, *, dynamic: bool) -> torch.export.ExportedProgram:
+    """The graph that torch.export sees. Raises ExportError when it refuses the network."""
+    import torch
+
+    if dynamic:  # torch.export takes an axis of 1 for a constant: trace two images
+        network = replace(network, inputs=tuple(replace(spec, shape=(2, *spec.shape[1:])) for spec in network.inputs))
+    shapes = tuple({0: torch.export.Dim(BATCH)} for _ in network.inputs) if dynamic else None
+    try:
+        with torch.no_grad():
+            return torch.export.export(network.module, network.example(), dynamic_shapes=shapes)
+    except Exception as error:  # torch.export raises errors of a dozen classes, most of them private
+        raise ExportError(
+            f"torch.export refuses the network: {error}", hint="leave out --dynamic" if dynamic else None
+        ) from error
+
+
+def translated(program: torch.export.ExportedProgram, network: Network, opset: int) -> onnx.ModelProto:
+    """The program as an ONNX model with shapes on every tensor, and without torch's traces of this machine."""
+    import onnx
+    import torch
+
+    try:
+        exported = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            opset_version=opset,
+            external_data=False,
+            verbose=False,
+            input_names=[spec.name for spec in network.inputs],
+            output_names=[spec.name for spec in network.outputs],
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportError(f"torch.onnx refuses the network: {error}", hint="try another --opset") from error
+    assert exported is not None
+    model = exported.model_proto
+    written = {entry.domain: entry.version for entry in model.opset_import}
+    if written != {"": opset}:  # torch logs a warning and leaves the file as it was
+        raise ExportError(f"torch wrote opset {written} where {opset} was asked for", hint="use --opset 20")
+    for index, node in enumerate(model.graph.node):
+        scopes = [entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"]
+        module = ast.literal_eval(scopes[0])[-2] if scopes else ""
+        node.name = f"{module}/{node.op_type}_{index}"  # blocks.0.attn.query/MatMul_7
+    for value in (*model.graph.input, *model.graph.output):
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.HasField("dim_param"):
+                axis.dim_param = BATCH
+    for item in (
+        model,
+        model.graph,
+        *model.graph.node,
+        *model.graph.input,
+        *model.graph.output,
+        *model.graph.initializer,
+    ):
+        item.ClearField("metadata_props")  # names of classes, lines of source, paths
+        item.ClearField("doc_string")
+    model.graph.ClearField("value_info")
+    model.graph.name, model.doc_string = network.name, network.description
+    onnx.helper.set_model_props(model, dict(network.metadata))
+    return inferred(model)
+
+
+def check(model: onnx.ModelProto, precision: Precision, *, softmaxes: int) -> None:
+    """Raises ExportError unless the graph is what was asked for; `softmaxes` is what the network itself has."""
+    graph = model.graph
+    operators = Counter(node.op_type for node in graph.node)
+    left = [f"{operators[name]} {name}" for name in sorted(LEFTOVERS & operators.keys())]
+    if operators["Softmax"] > softmaxes:
+        left.append(f"{operators['Softmax']} Softmax where the network has {softmaxes}")
+    if model.functions:
+        left.append(f"{len(model.functions)} functions")
+    used = {name for node in graph.node for name in node.input}
+    left += [f"the unused constant {tensor.name}" for tensor in graph.initializer if tensor.name not in used]
+    if left:
+        raise ExportError(f"the graph is not clean: {', '.join(left)}", hint="report this network")
+    if precision.value not in product_types(model):
+        raise ExportError(
+            f"{precision} was asked for, and no product of the graph is computed in it", hint="report this network"
+        )
+
+
+def product_types(model: onnx.ModelProto) -> Counter[str]:
+    """How many convolutions and matrix products are computed in fp32 and in fp16."""
+    import onnx
+
+    names = {onnx.TensorProto.FLOAT: Precision.FP32.value, onnx.TensorProto.FLOAT16: Precision.FP16.value}
+    graph = model.graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info, *graph.output)}
+    return Counter(names[types[node.output[0]]] for node in graph.node if node.op_type in PRODUCTS)
+
+
+def write(model: onnx.ModelProto, path: Path) -> None:
+    """One file with everything in it. Raises ExportError over 2 GB."""
+    if model.ByteSize() > LARGEST_FILE:
+        raise ExportError(
+            f"the network takes {model.ByteSize()} bytes, and one ONNX file holds {LARGEST_FILE}",
+            hint="use --precision fp16",
+        )
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def specs(network: Network, *, dynamic: bool) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Inputs and outputs of the file; a dynamic batch is -1."""
+    if not dynamic:
+        return network.inputs, network.outputs
+    inputs, outputs = (
+        tuple(replace(spec, shape=(-1, *spec.shape[1:])) for spec in group)
+        for group in (network.inputs, network.outputs)
+    )
+    return inputs, outputs
+
+
+def tools() -> dict[str, str]:
+    """Versions of what wrote the graph."""
+    return {package: version(package) for package in ("torch", "onnx", "onnxscript")}
+
+
+def facts(model: onnx.ModelProto) -> dict[str, Any]:
+    """What the report says about a graph."""
+    nodes = Counter(node.op_type for node in model.graph.node)
+    products = product_types(model)
+    notes = ["on x86, ONNX Runtime stores float16 and computes in float32"] if products[Precision.FP16] else []
+    return {
+        "opset": model.opset_import[0].version,
+        "products": dict(products),
+        "nodes": dict(sorted(nodes.items())),
+        "notes": notes,
+    }

@@ -1,0 +1,1 @@
+"""Castling networks: one file per family."""

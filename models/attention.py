@@ -1,0 +1,211 @@
+"""Linear-angular attention: the training form, the castled form, and the folded form that is exported."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from castling_deploy.castle import CastEvidence
+from castling_deploy.errors import FoldError, ShapeError
+from castling_deploy.fold import Affine, affine_before, rows, scaled
+from castling_deploy.rewrite import copied
+
+# The official module divides by a plain norm, which is 0/0 for a zero vector. Clamping changes nothing above the bound.
+NORM_FLOOR = 1e-12
+# For export: the smallest normal float16, so that the constant survives every precision and is no subnormal.
+EXPORT_NORM_FLOOR = 2.0**-14
+
+
+def unit(x: torch.Tensor, floor: float = NORM_FLOOR) -> torch.Tensor:
+    """x / max(||x||, floor) over the last axis."""
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(floor)
+
+
+def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """(B, N, H * D) -> (B, H, N, D)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def join_heads(x: torch.Tensor) -> torch.Tensor:
+    """(B, H, N, D) -> (B, N, H * D)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def token_conv(heads: int, kernel: int) -> nn.Conv2d:
+    """A depthwise convolution along the tokens, one kernel per head: (B, H, N, D) -> (B, H, N, D)."""
+    if kernel % 2 == 0:
+        raise ShapeError(
+            f"a token convolution of {kernel} taps would change the number of tokens", hint="use an odd kernel size"
+        )
+    return nn.Conv2d(heads, heads, (kernel, 1), padding=(kernel // 2, 0), groups=heads, bias=False)
+
+
+def value_scale(tokens: int) -> float:
+    """The factor on the values of the folded form: the power of two at or below N^-1/2.
+
+    ||o||^2 of correlated values grows with N^2 (8.6e4 for unit values at N = 197), c^2 takes 1/N of it: 3.4e2, which
+    leaves room for values 14 times larger. 1/N itself would be safer there, but turns 13 to 26 % of the value weights
+    of DeiT into float16 subnormals at N = 197 (this c: 1 %). A power of two costs no rounding.
+    """
+    return 2.0 ** math.floor(-0.5 * math.log2(tokens))
+
+
+def linear_angular(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """v / 2 + (1 / pi) q^ (k^^T v), the linear terms of the angular kernel (arXiv:2211.10526, section 3.2).
+
+    Shape: q, k (B, H, N, D) and v (B, H, N, E) -> (B, H, N, E). Linear in the number of tokens N.
+    """
+    state = unit(k).transpose(-2, -1) @ v  # (B, H, D, E)
+    return 0.5 * v + (1 / math.pi) * (unit(q) @ state)
+
+
+def masked_softmax(logits: torch.Tensor, threshold: float) -> torch.Tensor:
+    """The auxiliary branch's weights (section 3.3): softmax, entries up to the threshold zeroed, not renormalised."""
+    weights = logits.softmax(-1)  # (B, H, N, N)
+    return weights * (weights > threshold)
+
+
+def branch_evidence(logits: torch.Tensor, threshold: float, core: torch.Tensor, v: torch.Tensor) -> CastEvidence:
+    """What casting this branch away loses, against the linear terms `core` (B, H, N, E)."""
+    weights = masked_softmax(logits, threshold)
+    lost, kept = (weights @ v).norm(dim=-1), core.norm(dim=-1).clamp_min(NORM_FLOOR)  # (B, H, N)
+    return CastEvidence(
+        tokens=logits.shape[-1],
+        threshold=threshold,
+        mask_density=(weights > 0).double().mean().item(),
+        peak=logits.softmax(-1).max().item(),
+        contribution=(lost.square().mean() / kept.square().mean()).sqrt().item(),
+        contribution_max=(lost / kept).max().item(),
+    )
+
+
+class LinearAngularAttention(nn.Module):
+    """Linear-angular attention (You et al., CVPR 2023; GATECH-EIC/Castling-ViT attention.py), in DeiT's wiring.
+
+    y = N(v / 2 + q^ (k^^T v) / pi + P v) + dconv(v), N being the L2 normalisation over a head's channels and P the
+    masked softmax of the auxiliary branch, present while `aux_threshold` is a number. Parameters have the names and
+    shapes of the official module: `qkv`, `proj`, `dconv`. `tokens`, where it is known, only sets the range of the
+    folded form's intermediates.
+
+    Shape: (B, N, C) -> (B, N, C). Raises ShapeError when C is not a multiple of the number of heads.
+    """
+
+    fold_rule: ClassVar[str] = "attention constants"
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int = 8,
+        qkv_bias: bool = False,
+        kernel: int = 9,
+        aux_threshold: float | None = 0.02,
+        tokens: int | None = None,
+    ) -> None:
+        super().__init__()
+        if channels % heads:
+            raise ShapeError(
+                f"{channels} channels cannot be split over {heads} heads",
+                hint="choose a number of heads that divides the channels",
+            )
+        self.heads, self.aux_threshold, self.tokens = heads, aux_threshold, tokens
+        self.qkv = nn.Linear(channels, 3 * channels, bias=qkv_bias)
+        self.proj = nn.Linear(channels, channels)
+        self.dconv = token_conv(heads, kernel)
+
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (B, N, C) -> q, k, v (B, H, N, D). The rows of qkv are [q | k | v], inside each [head 0 | head 1 | ...]."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
+
+    @staticmethod
+    def logits(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """The auxiliary branch's logits, of q and k as they are (not normalised): (B, H, N, N)."""
+        return q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.split(x)
+        core = linear_angular(q, k, v)
+        if self.aux_threshold is not None:
+            core = core + masked_softmax(self.logits(q, k), self.aux_threshold) @ v
+        return self.proj(join_heads(unit(core) + self.dconv(v)))
+
+    def cast_evidence(self, x: torch.Tensor) -> CastEvidence | None:
+        if self.aux_threshold is None:
+            return None
+        q, k, v = self.split(x)
+        return branch_evidence(self.logits(q, k), self.aux_threshold, linear_angular(q, k, v), v)
+
+    def castled(self) -> nn.Module:
+        twin = copied(self)
+        assert isinstance(twin, LinearAngularAttention)
+        twin.aux_threshold = None
+        return twin
+
+    def folded(self) -> nn.Module:
+        if self.aux_threshold is not None:
+            raise FoldError("an auxiliary branch is still there", hint="call castle() before fold()")
+        q, k, v = torch.arange(self.qkv.out_features).chunk(3)
+        return FoldedAttention(
+            rows(self.qkv, q),
+            rows(self.qkv, k),
+            rows(self.qkv, v),
+            self.dconv,
+            self.proj,
+            heads=self.heads,
+            tokens=self.tokens,
+        )
+
+
+class FoldedAttention(nn.Module):
+    """The castled attention as it is exported, the same function with fewer and better conditioned operations.
+
+    The last normalisation is blind to a positive factor, so v / 2 + q^ S / pi may be scaled by 2 c: with u = c v
+    (folded into the value's weights; dconv takes 1 / c back),
+
+        y = N(u + q^ ((2 / pi) k^^T u)) + dconv'(u)            (rules 11, 12 and 17 of docs/folds.md)
+
+    Without c the square sum of N(.) passes float16's 65504 at 197 tokens. `value_scale` says what c is.
+    Queries, keys and values are separate Linears.
+
+    Shape: (B, N, C) -> (B, N, C_out), C_out being the output's.
+    """
+
+    def __init__(
+        self,
+        query: nn.Linear,
+        key: nn.Linear,
+        value: nn.Linear,
+        dconv: nn.Conv2d,
+        output: nn.Module,
+        *,
+        heads: int,
+        tokens: int | None,
+    ) -> None:
+        super().__init__()
+        factor = 1.0 if tokens is None else value_scale(tokens)
+        self.heads = heads
+        self.query, self.key, self.value = query, key, scaled(value, factor)
+        self.dconv = scaled(dconv, 1 / factor)
+        self.output = output
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = unit(split_heads(self.query(x), self.heads), EXPORT_NORM_FLOOR)
+        k = unit(split_heads(self.key(x), self.heads), EXPORT_NORM_FLOOR)
+        u = split_heads(self.value(x), self.heads)
+        core = u + q @ (k.transpose(-2, -1) @ u * (2 / math.pi))  # (B, H, N, E)
+        return self.output(join_heads(unit(core, EXPORT_NORM_FLOOR) + self.dconv(u)))
+
+    def after(self, affine: Affine) -> FoldedAttention:
+        """The attention whose input was scaled and shifted per channel before (rule 7): q, k and v all take it."""
+        return FoldedAttention(
+            affine_before(self.query, affine),
+            affine_before(self.key, affine),
+            affine_before(self.value, affine),
+            self.dconv,
+            self.output,
+            heads=self.heads,
+            tokens=None,
+        )

@@ -1,0 +1,224 @@
+"""Castling-DeiT: DeiT (Touvron et al., ICML 2021; facebookresearch/deit models.py) with linear-angular attention.
+
+Plain and distilled. State-dict names are those of facebook's and timm's DeiT; the attention adds `attn.dconv.weight`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from castling_deploy.errors import CheckpointError, FoldError, ShapeError
+from castling_deploy.fold import affine_before, layernorm_affine, mean_of_each, without_affine
+from castling_deploy.models.attention import FoldedAttention, LinearAngularAttention
+from castling_deploy.models.family import OFFICIAL_THRESHOLD, Size, Tensors, count, interpolated, native_size, tensor
+from castling_deploy.models.layers import Mlp
+
+
+@dataclass(frozen=True)
+class DeiTConfig:
+    """Hyper-parameters; the defaults are Castling-DeiT-T's. Sizes in pixels, `patch` the side of a square patch."""
+
+    width: int = 192
+    heads: int = 3
+    depth: int = 12
+    hidden: int = 768
+    distilled: bool = False
+    image_size: Size = (224, 224)
+    patch: int = 16
+    channels: int = 3
+    classes: int = 1000
+    qkv_bias: bool = True
+    kernel: int = 9
+    aux_threshold: float = OFFICIAL_THRESHOLD
+
+    @property
+    def grid(self) -> Size:
+        """Patches along height and width."""
+        return self.image_size[0] // self.patch, self.image_size[1] // self.patch
+
+    @property
+    def prefix(self) -> int:
+        """Tokens in front of the patches: the class token, and the distillation token where there is one."""
+        return 2 if self.distilled else 1
+
+    def __post_init__(self) -> None:
+        if any(side <= 0 or side % self.patch for side in self.image_size):
+            height, width = self.image_size
+            raise ShapeError(
+                f"an image of {height} x {width} pixels cannot be cut into patches of {self.patch}",
+                hint=f"use multiples of {self.patch} for --imgsz",
+            )
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. Shape: (B, N, C) -> (B, N, C)."""
+
+    fold_rule: ClassVar[str] = "LayerNorm affine into consumers"
+
+    def __init__(self, config: DeiTConfig) -> None:
+        super().__init__()
+        tokens = config.prefix + math.prod(config.grid)
+        self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
+        self.attn: nn.Module = LinearAngularAttention(
+            config.width, config.heads, config.qkv_bias, config.kernel, config.aux_threshold, tokens
+        )
+        self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
+        self.mlp = Mlp(config.width, config.hidden)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+    def folded(self) -> nn.Module:
+        assert isinstance(self.attn, FoldedAttention)
+        twin = Block.__new__(Block)
+        nn.Module.__init__(twin)
+        twin.norm1, twin.attn = without_affine(self.norm1), self.attn.after(layernorm_affine(self.norm1))
+        twin.norm2, twin.mlp = without_affine(self.norm2), self.mlp.after(layernorm_affine(self.norm2))
+        return twin
+
+
+class CastlingDeiT(nn.Module):
+    """Castling-DeiT, plain or distilled. Shape: (B, C, H, W) -> logits (B, classes); the pair in distilled training."""
+
+    fold_rule: ClassVar[str] = "heads merged; patch bias, class token and position in one constant"
+
+    def __init__(self, config: DeiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(config.channels, width, config.patch, stride=config.patch)})
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, width)) if config.distilled else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.prefix + math.prod(config.grid), width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, config.classes)
+        self.head_dist = nn.Linear(width, config.classes) if config.distilled else None
+        for parameter in (self.cls_token, self.dist_token, self.pos_embed):
+            if parameter is not None:
+                nn.init.trunc_normal_(parameter, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        x = self.patch_embed["proj"](image).flatten(2).transpose(1, 2)  # (B, N, C)
+        prefix = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
+        x = torch.cat([*(token.expand(len(x), -1, -1) for token in prefix), x], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        if self.head_dist is None:
+            return self.head(x[:, 0])
+        pair = self.head(x[:, 0]), self.head_dist(x[:, 1])
+        return pair if self.training else (pair[0] + pair[1]) / 2
+
+    def folded(self) -> nn.Module:
+        heads = [
+            affine_before(head, layernorm_affine(self.norm)) for head in (self.head, self.head_dist) if head is not None
+        ]
+        patch = self.patch_embed["proj"]
+        assert isinstance(patch, nn.Conv2d)
+        if patch.bias is None:
+            raise FoldError("the patch embedding has no bias", hint="load the network with its own class")
+        prefix = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
+        constant = torch.cat([*prefix, patch.bias.expand(1, self.pos_embed.shape[1] - len(prefix), -1)], dim=1)
+        return FoldedDeiT(
+            patch, constant + self.pos_embed, self.blocks, without_affine(self.norm), mean_of_each(heads), self.config
+        )
+
+
+class FoldedDeiT(nn.Module):
+    """Castling-DeiT as it is exported. Shape: (B, C, H, W) -> logits (B, classes).
+
+    `constant` (1, N, C) holds the prefix tokens, the position embedding and the patch bias; only the prefix tokens
+    reach the last norm and the one head (rules 6, 7 and 23 of docs/folds.md).
+    """
+
+    def __init__(
+        self,
+        patch: nn.Conv2d,
+        constant: torch.Tensor,
+        blocks: nn.Module,
+        norm: nn.LayerNorm,
+        head: nn.Linear,
+        config: DeiTConfig,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.patch = nn.Conv2d(
+            patch.in_channels, patch.out_channels, config.patch, stride=config.patch, bias=False, device="meta"
+        )
+        self.patch.weight = patch.weight
+        self.constant = nn.Buffer(constant)
+        self.blocks, self.norm, self.head = blocks, norm, head
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = self.patch(image).flatten(2).transpose(1, 2)  # (B, patches, C)
+        x = nn.functional.pad(x, (0, 0, self.config.prefix, 0)) + self.constant
+        for block in self.blocks:  # type: ignore[attr-defined]  # a ModuleList
+            x = block(x)
+        return self.head(self.norm(x[:, : self.config.prefix]).flatten(1))
+
+
+def _variants() -> Mapping[str, DeiTConfig]:
+    sizes = {
+        "tiny": DeiTConfig(),
+        "small": DeiTConfig(width=384, heads=6, hidden=1536),
+        "base": DeiTConfig(width=768, heads=12, hidden=3072),
+    }
+    distilled = {f"{name}-distilled": replace(config, distilled=True) for name, config in sizes.items()}
+    return {f"castling-deit-{name}": config for name, config in {**sizes, **distilled}.items()}
+
+
+class DeiTFamily:
+    """Recognises, builds and resizes Castling-DeiT."""
+
+    name = "castling-deit"
+    title = "Castling-DeiT"
+    reference = "arXiv:2211.10526; DeiT: arXiv:2012.12877"
+    variants = _variants()
+
+    def recognises(self, tensors: Tensors) -> bool:
+        return {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= tensors.keys()
+
+    def config_of(self, tensors: Tensors, image_size: Size | None, aux_threshold: float) -> DeiTConfig:
+        width, channels, patch, patch_width = tensor(tensors, "patch_embed.proj.weight").shape
+        dconv = tensor(tensors, "blocks.0.attn.dconv.weight")  # (H, 1, K, 1)
+        distilled = "dist_token" in tensors
+        patches = tensor(tensors, "pos_embed").shape[1] - (2 if distilled else 1)
+        if patch != patch_width:
+            raise CheckpointError(f"patches of {patch} x {patch_width} pixels are not square", hint="DeiT's are")
+        return DeiTConfig(
+            width=width,
+            heads=dconv.shape[0],
+            depth=count(tensors, "blocks."),
+            hidden=tensor(tensors, "blocks.0.mlp.fc1.weight").shape[0],
+            distilled=distilled,
+            image_size=native_size(patches, patch, image_size),
+            patch=patch,
+            channels=channels,
+            classes=tensor(tensors, "head.weight").shape[0],
+            qkv_bias="blocks.0.attn.qkv.bias" in tensors,
+            kernel=dconv.shape[2],
+            aux_threshold=aux_threshold,
+        )
+
+    def build(self, config: DeiTConfig) -> nn.Module:
+        return CastlingDeiT(config)
+
+    def resized(self, tensors: Tensors, config: DeiTConfig, image_size: Size) -> tuple[Tensors, DeiTConfig]:
+        new = replace(config, image_size=image_size)
+        prefix, grid = tensors["pos_embed"].split([config.prefix, math.prod(config.grid)], dim=1)
+        grid = grid.transpose(1, 2).unflatten(2, config.grid)  # (1, C, h, w)
+        grid = interpolated(grid, new.grid).flatten(2).transpose(1, 2)
+        return {**tensors, "pos_embed": torch.cat([prefix, grid], dim=1)}, new

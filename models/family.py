@@ -1,0 +1,116 @@
+"""What a model family promises, and the list of families.
+
+A family is one file: a frozen dataclass of hyper-parameters, the network, and a class with the members of
+`ModelFamily`. A checkpoint's family and hyper-parameters are read off the names and shapes of its tensors.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from castling_deploy.errors import CheckpointError, UsageError
+from castling_deploy.suggest import did_you_mean
+
+Tensors = Mapping[str, torch.Tensor]
+Size = tuple[int, int]
+
+OFFICIAL_THRESHOLD = 0.02  # of the auxiliary branch's mask, in GATECH-EIC/Castling-ViT attention.py
+
+
+class ModelFamily(Protocol):
+    """How to recognise, build and resize the networks of one family.
+
+    `variants` maps a published name to its hyper-parameters at the published input size. A configuration is a frozen
+    dataclass with at least `image_size` (height, width) in pixels, `channels`, `classes` and `aux_threshold`.
+    """
+
+    name: str
+    title: str
+    reference: str
+    variants: Mapping[str, Any]
+
+    def recognises(self, tensors: Tensors) -> bool:
+        """Whether these tensors are a network of this family."""
+
+    def config_of(self, tensors: Tensors, image_size: Size | None, aux_threshold: float) -> Any:
+        """The hyper-parameters, read off names and shapes. `image_size` is used where it fits the tensors: shapes tell
+        how many tokens there are, not how high and wide their grid is."""
+
+    def build(self, config: Any) -> nn.Module:
+        """The network in training form, with fresh weights; `strict` loading of the family's tensors succeeds."""
+
+    def resized(self, tensors: Tensors, config: Any, image_size: Size) -> tuple[Tensors, Any]:
+        """The same network for another input size: tensors that depend on it interpolated, and the new config."""
+
+
+FAMILIES: Mapping[str, str] = {
+    "castling-deit": "castling_deploy.models.deit:DeiTFamily",
+    "castling-levit": "castling_deploy.models.levit:LeViTFamily",
+}
+
+
+def family_named(name: str) -> ModelFamily:
+    """The family called `name`. Raises UsageError with a suggestion."""
+    if name not in FAMILIES:
+        raise UsageError(f"unknown model family '{name}'", hint=did_you_mean(name, FAMILIES))
+    module, _, attribute = FAMILIES[name].partition(":")
+    family: ModelFamily = getattr(importlib.import_module(module), attribute)()
+    return family
+
+
+def families() -> tuple[ModelFamily, ...]:
+    """All families, in the order of the list."""
+    return tuple(family_named(name) for name in FAMILIES)
+
+
+def family_of(tensors: Tensors) -> ModelFamily:
+    """The family whose tensors these are. Raises CheckpointError when there is none, or it is no Castling model."""
+    for family in families():
+        if family.recognises(tensors):
+            if not any(name.endswith("attn.dconv.weight") for name in tensors):
+                raise CheckpointError(
+                    f"this is a softmax network with the names of {family.title}: it has no 'attn.dconv.weight'",
+                    hint="only networks trained with linear-angular attention can be castled; "
+                    "a fresh dconv would be an untrained network",
+                )
+            return family
+    some = ", ".join(list(tensors)[:3])
+    raise CheckpointError(
+        f"no Castling network has tensors like these ({len(tensors)} of them: {some}, ...)",
+        hint=f"known families: {', '.join(FAMILIES)}",
+    )
+
+
+def native_size(tokens: int, stride: int, stated: Size | None) -> Size:
+    """The input size, in pixels, that gives `tokens` tokens of `stride` pixels: the stated one where it does, else a
+    square. Raises CheckpointError where neither does."""
+    if stated is not None and math.ceil(stated[0] / stride) * math.ceil(stated[1] / stride) == tokens:
+        return stated
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise CheckpointError(f"{tokens} tokens of {stride} pixels do not tell the image size", hint="pass --imgsz H,W")
+    return side * stride, side * stride
+
+
+def interpolated(grid: torch.Tensor, size: Size) -> torch.Tensor:
+    """(1, C, h, w) -> (1, C, H, W): bicubic without antialiasing, as facebookresearch/deit main.py resizes."""
+    return nn.functional.interpolate(grid.float(), size, mode="bicubic", align_corners=False).to(grid.dtype)
+
+
+def tensor(tensors: Tensors, name: str) -> torch.Tensor:
+    """The tensor called `name`. Raises CheckpointError when it is missing."""
+    if name not in tensors:
+        raise CheckpointError(f"the checkpoint has no tensor '{name}'", hint="is the file complete?")
+    return tensors[name]
+
+
+def count(tensors: Tensors, prefix: str) -> int:
+    """How many numbered children there are under `prefix`: blocks.0., blocks.1., ..."""
+    numbers = {name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)}
+    return len(numbers)

@@ -1,0 +1,373 @@
+"""Castling-LeViT: LeViT (Graham et al., ICCV 2021; facebookresearch/LeViT levit.py) with linear-angular attention.
+
+State-dict names are those of timm's LeViT; the attention adds `attn.dconv.weight`. The attention biases of a block
+enter the logits of the auxiliary branch only, so the cast drops them. How Castling treats LeViT's downsampling
+attention is not published: here it keeps its softmax, because the identity and the token convolution of linear-angular
+attention need as many queries as keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from castling_deploy.castle import CastEvidence
+from castling_deploy.errors import FoldError, ShapeError
+from castling_deploy.fold import mean_of, rows, scaled
+from castling_deploy.models.attention import (
+    FoldedAttention,
+    branch_evidence,
+    join_heads,
+    linear_angular,
+    masked_softmax,
+    split_heads,
+    token_conv,
+    unit,
+)
+from castling_deploy.models.family import OFFICIAL_THRESHOLD, Size, Tensors, count, interpolated, native_size, tensor
+from castling_deploy.models.layers import ConvNorm, LinearNorm, NormLinear
+from castling_deploy.rewrite import copied
+
+STEM_STRIDE = 16  # four convolutions of stride 2
+
+
+@dataclass(frozen=True)
+class LeViTConfig:
+    """Hyper-parameters; the defaults are Castling-LeViT-128S's.
+
+    One entry per stage in `widths` (C), `heads` and `depths`; `key_dim` is D, values have 2 D channels per head (4 D
+    in the downsampling attention, which has C_in / D heads).
+    """
+
+    widths: tuple[int, ...] = (128, 256, 384)
+    heads: tuple[int, ...] = (4, 6, 8)
+    depths: tuple[int, ...] = (2, 3, 4)
+    key_dim: int = 16
+    distilled: bool = True
+    image_size: Size = (224, 224)
+    channels: int = 3
+    classes: int = 1000
+    kernel: int = 9
+    aux_threshold: float = OFFICIAL_THRESHOLD
+
+    @property
+    def grids(self) -> tuple[Size, ...]:
+        """Tokens along height and width, per stage: 14 x 14, 7 x 7, 4 x 4 at 224 pixels."""
+        grid = (math.ceil(self.image_size[0] / STEM_STRIDE), math.ceil(self.image_size[1] / STEM_STRIDE))
+        grids = [grid]
+        for _ in self.widths[1:]:
+            grid = (math.ceil(grid[0] / 2), math.ceil(grid[1] / 2))
+            grids.append(grid)
+        return tuple(grids)
+
+    def __post_init__(self) -> None:
+        if min(self.image_size) < STEM_STRIDE:
+            height, width = self.image_size
+            raise ShapeError(
+                f"an image of {height} x {width} pixels is smaller than one token of Castling-LeViT",
+                hint=f"use at least {STEM_STRIDE} pixels for --imgsz",
+            )
+        if any(width % self.key_dim for width in self.widths[:-1]):
+            raise ShapeError(
+                f"widths {self.widths} are no multiples of the key dimension {self.key_dim}",
+                hint="the downsampling attention has width / key_dim heads",
+            )
+
+
+def offset_index(grid: Size, stride: int = 1) -> torch.Tensor:
+    """(queries, keys) index into a table of grid[0] * grid[1] biases: |dy| * width + |dx|, queries at [::stride]."""
+    ys, xs = torch.arange(grid[0]), torch.arange(grid[1])
+    dy = (ys[::stride, None] - ys[None]).abs()  # (h_q, h)
+    dx = (xs[::stride, None] - xs[None]).abs()  # (w_q, w)
+    index = dy[:, None, :, None] * grid[1] + dx[None, :, None, :]  # (h_q, w_q, h, w)
+    return index.flatten(2).flatten(0, 1)
+
+
+class Attention(nn.Module):
+    """LeViT's attention with linear-angular similarity, Hardswish before the projection.
+
+    Values are wider than keys (2 D against D). The rows of `qkv` are, per head, [q D | k D | v 2 D].
+    Shape: (B, N, C) -> (B, N, C).
+    """
+
+    fold_rule: ClassVar[str] = "attention constants"
+
+    def __init__(self, width: int, heads: int, config: LeViTConfig, grid: Size) -> None:
+        super().__init__()
+        self.heads, self.key_dim = heads, config.key_dim
+        self.aux_threshold: float | None = config.aux_threshold
+        self.tokens = math.prod(grid)
+        self.qkv: nn.Module = LinearNorm(width, heads * 4 * config.key_dim)
+        self.proj = nn.Sequential(
+            OrderedDict(act=nn.Hardswish(), ln=LinearNorm(heads * 2 * config.key_dim, width, gamma=0))
+        )
+        self.dconv = token_conv(heads, config.kernel)
+        self.attention_biases: nn.Parameter | None = nn.Parameter(torch.zeros(heads, self.tokens))
+        self.index: torch.Tensor | None = nn.Buffer(offset_index(grid), persistent=False)
+
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (B, N, C) -> q, k (B, H, N, D), v (B, H, N, 2 D)."""
+        q, k, v = split_heads(self.qkv(x), self.heads).split([self.key_dim, self.key_dim, 2 * self.key_dim], dim=-1)
+        return q, k, v
+
+    def logits(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """The auxiliary branch's logits (B, H, N, N), with the attention biases."""
+        assert self.attention_biases is not None and self.index is not None
+        return q @ k.transpose(-2, -1) * self.key_dim**-0.5 + self.attention_biases[:, self.index]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.split(x)
+        core = linear_angular(q, k, v)
+        if self.aux_threshold is not None:
+            core = core + masked_softmax(self.logits(q, k), self.aux_threshold) @ v
+        return self.proj(join_heads(unit(core) + self.dconv(v)))
+
+    def cast_evidence(self, x: torch.Tensor) -> CastEvidence | None:
+        if self.aux_threshold is None:
+            return None
+        q, k, v = self.split(x)
+        return branch_evidence(self.logits(q, k), self.aux_threshold, linear_angular(q, k, v), v)
+
+    def castled(self) -> nn.Module:
+        twin = copied(self)
+        assert isinstance(twin, Attention)
+        twin.aux_threshold = twin.attention_biases = twin.index = None
+        return twin
+
+    def folded(self) -> nn.Module:
+        if self.aux_threshold is not None:
+            raise FoldError("an auxiliary branch is still there", hint="call castle() before fold()")
+        assert isinstance(self.qkv, nn.Linear)
+        index = torch.arange(self.qkv.out_features).view(self.heads, -1)  # (H, 4 D)
+        q, k, v = index.split([self.key_dim, self.key_dim, 2 * self.key_dim], dim=1)
+        return FoldedAttention(
+            rows(self.qkv, q.flatten()),
+            rows(self.qkv, k.flatten()),
+            rows(self.qkv, v.flatten()),
+            self.dconv,
+            self.proj,
+            heads=self.heads,
+            tokens=self.tokens,
+        )
+
+
+class AttentionDownsample(nn.Module):
+    """LeViT's downsampling: softmax attention whose queries are every second token of every second row.
+
+    The rows of `kv` are, per head, [k D | v 4 D]. Shape: (B, N, C_in) -> (B, ceil(h / 2) * ceil(w / 2), C_out).
+    """
+
+    fold_rule: ClassVar[str] = "softmax scale into the queries; bias table gathered once"
+
+    def __init__(self, width_in: int, width_out: int, key_dim: int, grid: Size) -> None:
+        super().__init__()
+        heads = width_in // key_dim
+        self.heads, self.key_dim, self.grid = heads, key_dim, grid
+        self.kv = LinearNorm(width_in, heads * 5 * key_dim)
+        self.q = nn.Sequential(OrderedDict(ln=LinearNorm(width_in, heads * key_dim)))
+        self.proj = nn.Sequential(OrderedDict(act=nn.Hardswish(), ln=LinearNorm(heads * 4 * key_dim, width_out)))
+        self.attention_biases = nn.Parameter(torch.zeros(heads, math.prod(grid)))
+        self.index = nn.Buffer(offset_index(grid, stride=2), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        k, v = split_heads(self.kv(x), self.heads).split([self.key_dim, 4 * self.key_dim], dim=-1)
+        q = split_heads(self.q(every_second(x, self.grid)), self.heads)  # (B, H, N', D)
+        logits = q @ k.transpose(-2, -1) * self.key_dim**-0.5 + self.attention_biases[:, self.index]
+        return self.proj(join_heads(logits.softmax(-1) @ v))
+
+    def folded(self) -> nn.Module:
+        query, kv = self.q.ln, self.kv
+        assert isinstance(query, nn.Linear) and isinstance(kv, nn.Linear)
+        index = torch.arange(kv.out_features).view(self.heads, -1)  # (H, 5 D)
+        return FoldedDownsample(
+            scaled(query, self.key_dim**-0.5),
+            rows(kv, index[:, : self.key_dim].flatten()),
+            rows(kv, index[:, self.key_dim :].flatten()),
+            self.proj,
+            self.attention_biases[:, self.index],
+            heads=self.heads,
+            grid=self.grid,
+        )
+
+
+class FoldedDownsample(nn.Module):
+    """AttentionDownsample as it is exported: (B, N, C_in) -> (B, N', C_out). `bias` is (H, N', N)."""
+
+    def __init__(
+        self,
+        query: nn.Linear,
+        key: nn.Linear,
+        value: nn.Linear,
+        output: nn.Module,
+        bias: torch.Tensor,
+        *,
+        heads: int,
+        grid: Size,
+    ) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.output = query, key, value, output
+        self.bias = nn.Buffer(bias)
+        self.heads, self.grid = heads, grid
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = split_heads(self.query(every_second(x, self.grid)), self.heads)
+        k, v = split_heads(self.key(x), self.heads), split_heads(self.value(x), self.heads)
+        weights = (q @ k.transpose(-2, -1) + self.bias).softmax(-1)  # (B, H, N', N)
+        return self.output(join_heads(weights @ v))
+
+
+def every_second(x: torch.Tensor, grid: Size) -> torch.Tensor:
+    """Tokens at [::2, ::2] of the grid: (B, h * w, C) -> (B, ceil(h / 2) * ceil(w / 2), C)."""
+    return x.unflatten(1, grid)[:, ::2, ::2].flatten(1, 2)
+
+
+def mlp(width: int) -> nn.Sequential:
+    """LeViT's Mlp: (B, N, C) -> (B, N, C) through 2 C channels."""
+    return nn.Sequential(
+        OrderedDict(ln1=LinearNorm(width, 2 * width), act=nn.Hardswish(), ln2=LinearNorm(2 * width, width, gamma=0))
+    )
+
+
+class Block(nn.Module):
+    """Attention and Mlp, each with a residual connection. Shape: (B, N, C) -> (B, N, C)."""
+
+    def __init__(self, width: int, heads: int, config: LeViTConfig, grid: Size) -> None:
+        super().__init__()
+        self.attn = Attention(width, heads, config, grid)
+        self.mlp = mlp(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(x)
+        return x + self.mlp(x)
+
+
+class Downsample(nn.Module):
+    """Downsampling attention, then an Mlp with a residual connection. Shape: (B, N, C_in) -> (B, N', C_out)."""
+
+    def __init__(self, width_in: int, width_out: int, config: LeViTConfig, grid: Size) -> None:
+        super().__init__()
+        self.attn_downsample = AttentionDownsample(width_in, width_out, config.key_dim, grid)
+        self.mlp = mlp(width_out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.attn_downsample(x)
+        return x + self.mlp(x)
+
+
+class Stage(nn.Module):
+    """A downsampling (but for the first stage) and its blocks. Shape: (B, N, C_in) -> (B, N', C)."""
+
+    def __init__(self, config: LeViTConfig, stage: int) -> None:
+        super().__init__()
+        width, grids = config.widths[stage], config.grids
+        self.downsample = (
+            Downsample(config.widths[stage - 1], width, config, grids[stage - 1]) if stage else nn.Identity()
+        )
+        self.blocks = nn.ModuleList(
+            Block(width, config.heads[stage], config, grids[stage]) for _ in range(config.depths[stage])
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.downsample(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class CastlingLeViT(nn.Module):
+    """Castling-LeViT. Shape: (B, C, H, W) -> logits (B, classes); the pair of heads in distilled training."""
+
+    fold_rule: ClassVar[str] = "heads merged"
+
+    def __init__(self, config: LeViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        first = config.widths[0]
+        widths = [config.channels, first // 8, first // 4, first // 2, first]
+        stem: OrderedDict[str, nn.Module] = OrderedDict()
+        for number in range(1, 5):
+            stem[f"conv{number}"] = ConvNorm(widths[number - 1], widths[number], 3, 2, 1)
+            if number < 4:
+                stem[f"act{number}"] = nn.Hardswish()
+        self.stem = nn.Sequential(stem)
+        self.stages = nn.ModuleList(Stage(config, stage) for stage in range(len(config.widths)))
+        self.head: nn.Module = NormLinear(config.widths[-1], config.classes)
+        self.head_dist = NormLinear(config.widths[-1], config.classes) if config.distilled else None
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        x = self.stem(image).flatten(2).transpose(1, 2)  # (B, N, C)
+        for stage in self.stages:
+            x = stage(x)
+        x = x.mean(1)
+        if self.head_dist is None:
+            return self.head(x)
+        pair = self.head(x), self.head_dist(x)
+        return pair if self.training else (pair[0] + pair[1]) / 2
+
+    def folded(self) -> nn.Module:
+        twin = copied(self)
+        assert isinstance(twin, CastlingLeViT)
+        heads = [head for head in (self.head, self.head_dist) if isinstance(head, nn.Linear)]
+        twin.head, twin.head_dist = mean_of(heads), None
+        return twin
+
+
+VARIANTS: Mapping[str, LeViTConfig] = {
+    "castling-levit-128s": LeViTConfig(),
+    "castling-levit-128": LeViTConfig(heads=(4, 8, 12), depths=(4, 4, 4)),
+    "castling-levit-192": LeViTConfig((192, 288, 384), (3, 5, 6), (4, 4, 4), 32),
+    "castling-levit-256": LeViTConfig((256, 384, 512), (4, 6, 8), (4, 4, 4), 32),
+    "castling-levit-384": LeViTConfig((384, 512, 768), (6, 9, 12), (4, 4, 4), 32),
+}
+
+
+class LeViTFamily:
+    """Recognises, builds and resizes Castling-LeViT."""
+
+    name = "castling-levit"
+    title = "Castling-LeViT"
+    reference = "arXiv:2211.10526; LeViT: arXiv:2104.01136"
+    variants = VARIANTS
+
+    def recognises(self, tensors: Tensors) -> bool:
+        return {"stem.conv1.linear.weight", "stages.0.blocks.0.attn.qkv.linear.weight"} <= tensors.keys()
+
+    def config_of(self, tensors: Tensors, image_size: Size | None, aux_threshold: float) -> LeViTConfig:
+        stages = range(count(tensors, "stages."))
+        dconv = [tensor(tensors, f"stages.{stage}.blocks.0.attn.dconv.weight") for stage in stages]  # (H, 1, K, 1)
+        heads = tuple(weight.shape[0] for weight in dconv)
+        qkv = tensor(tensors, "stages.0.blocks.0.attn.qkv.linear.weight")  # (4 H D, C)
+        tokens = tensor(tensors, "stages.0.blocks.0.attn.attention_biases").shape[1]
+        return LeViTConfig(
+            widths=tuple(
+                tensor(tensors, f"stages.{stage}.blocks.0.attn.qkv.linear.weight").shape[1] for stage in stages
+            ),
+            heads=heads,
+            depths=tuple(count(tensors, f"stages.{stage}.blocks.") for stage in stages),
+            key_dim=qkv.shape[0] // (4 * heads[0]),
+            distilled="head_dist.linear.weight" in tensors,
+            image_size=native_size(tokens, STEM_STRIDE, image_size),
+            channels=tensor(tensors, "stem.conv1.linear.weight").shape[1],
+            classes=tensor(tensors, "head.linear.weight").shape[0],
+            kernel=dconv[0].shape[2],
+            aux_threshold=aux_threshold,
+        )
+
+    def build(self, config: LeViTConfig) -> nn.Module:
+        return CastlingLeViT(config)
+
+    def resized(self, tensors: Tensors, config: LeViTConfig, image_size: Size) -> tuple[Tensors, LeViTConfig]:
+        new = replace(config, image_size=image_size)
+        changed = {}
+        for name, table in tensors.items():  # (H, h * w)
+            if name.endswith(".attention_biases"):
+                stage = int(name.split(".")[1]) - (".downsample." in name)
+                grid = table.unflatten(1, config.grids[stage])[None]
+                changed[name] = interpolated(grid, new.grids[stage])[0].flatten(1)
+        return {**tensors, **changed}, new

@@ -1,0 +1,46 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from networks import SMALL, small
+from torch import nn
+
+
+@pytest.fixture(params=SMALL)
+def network(request: pytest.FixtureRequest) -> nn.Module:
+    """A small network of every family, in training form and eval mode."""
+    return small(request.param)
+
+
+@pytest.fixture(scope="session")
+def checkpoint_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A safetensors file of a small network, by name."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    def write(name: str) -> Path:
+        path = folder / f"{name}.safetensors"
+        if not path.exists():
+            metadata = {"castling": '{"image_size": [32, 48]}'} if name == "deit-distilled" else {}
+            save_file({key: value.contiguous() for key, value in small(name).state_dict().items()}, path, metadata)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def images() -> Callable[[nn.Module, int], torch.Tensor]:
+    """(count, C, H, W) float64 noise at a network's size."""
+
+    def make(network: nn.Module, count: int) -> torch.Tensor:
+        height, width = network.config.image_size  # type: ignore[union-attr, misc]
+        return torch.from_numpy(np.random.default_rng(0).normal(size=(count, 3, height, width)))
+
+    return make

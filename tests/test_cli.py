@@ -1,0 +1,278 @@
+"""The command: what people and machines read, exit codes, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from deployments import ENVIRONMENT, Run, castling
+from networks import SMALL_DEIT, small
+
+from castling_deploy.models.attention import LinearAngularAttention
+from castling_deploy.models.deit import CastlingDeiT
+
+Files = Callable[[str], Path]
+
+
+def is_two_lines(run: Run) -> bool:
+    lines = run.err.strip().splitlines()
+    return len(lines) == 2 and lines[0].startswith("error: ") and lines[1].startswith("  hint: ")
+
+
+def test_help_names_every_command_and_exit_code() -> None:
+    text = castling("--help").out
+    for word in ("export", "inspect", "doctor", "verify", "bench", "Exit codes"):
+        assert word in text
+
+
+def test_castling_export_is_castling_export() -> None:
+    code = "from castling_deploy.cli import export_main; export_main()"
+    process = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
+    assert process.returncode == 0 and "--target" in process.stdout
+
+
+USAGE = {
+    "an unknown target": (["export", "--target", "corml"], "unknown target 'corml'", "did you mean 'coreml'"),
+    "no target": (["export", "--target", ","], "no target is named", "onnx"),
+    "a missing target": (["export"], "--target", "--help"),
+    "an unknown bundled model": (
+        ["export", "--target", "onnx", "-m", "castling-levit-digit"],
+        "no trained weights named 'castling-levit-digit'",
+        "did you mean 'castling-levit-digits'",
+    ),
+    "an unknown precision": (
+        ["export", "--target", "onnx", "--precision", "fp61"],
+        "unknown precision 'fp61'",
+        "'fp16'",
+    ),
+    "a precision that a target lacks": (
+        ["export", "--target", "coreml", "--precision", "int8"],
+        "'coreml' cannot be built in int8",
+        "fp16",
+    ),
+    "an option that a target lacks": (
+        ["export", "--target", "coreml", "--opset", "20"],
+        "'coreml' has no option --opset",
+        "--input",
+    ),
+    "another one": (
+        ["export", "--target", "executorch", "--dynamic"],
+        "'executorch' has no option --dynamic",
+        "leave it",
+    ),
+    "a bad opset": (["export", "--target", "onnx", "--opset", "11"], "opset 11", "20"),
+    "a bad input kind": (["export", "--target", "coreml", "--input", "picture"], "picture", "image"),
+    "a bad size": (["export", "--target", "onnx", "--imgsz", "big"], "no image size", "--help"),
+    "a size that no patch fits": (
+        ["export", "--target", "onnx", "-m", "castling-deit-digits", "--imgsz", "33"],
+        "33 x 33 pixels cannot be cut into patches of 4",
+        "multiples of 4",
+    ),
+    "an unknown option": (["export", "--target", "onnx", "--tragt", "x"], "--tragt", "--help"),
+    "an unknown command": (["exprot"], "exprot", "--help"),
+    "a checkpoint that is not there": (["export", "nowhere.pth", "--target", "onnx"], "no file 'nowhere.pth'", "path"),
+    "a folder that is no artefact": (["verify", "."], "is no artefact folder", "castling export"),
+    "calibration that nothing uses": (
+        ["export", "--target", "onnx", "--calib-data", "x"],
+        "no option --calib-data",
+        "leave",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", USAGE)
+def test_misuse_is_two_lines_exit_2_and_leaves_nothing(name: str, tmp_path: Path) -> None:
+    arguments, message, hint = USAGE[name]
+    run = castling(*arguments, cwd=tmp_path)
+    lines = run.err.strip().splitlines()
+    assert run.code == 2 and run.out == ""
+    assert lines[-2].startswith("error: ") and message in lines[-2] and hint in lines[-1]
+    assert "Traceback" not in run.err
+    assert os.listdir(tmp_path) == []
+
+
+def test_misuse_is_refused_before_torch_is_imported() -> None:
+    code = (
+        "import sys\nsys.modules['torch'] = None\nfrom castling_deploy.cli import castling, run\n"
+        "print(run(castling, ['export', '--target', 'coreml', '--dynamic'], 'castling'))"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.stdout.strip() == "2" and "no option --dynamic" in process.stderr, process.stderr
+
+
+def test_errors_are_one_json_document_too() -> None:
+    run = castling("export", "nowhere.pth", "--target", "onnx", "--json")
+    assert run.code == 2 and run.document["error"]["exit_code"] == 2 and run.document["artifacts"] == []
+
+
+def test_a_bad_checkpoint_overwrites_nothing(tmp_path: Path, checkpoint_file: Files) -> None:
+    good = castling("export", checkpoint_file("deit"), "--target", "onnx", "--no-benchmark", "-o", tmp_path)
+    (folder,) = tmp_path.iterdir()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    bad = tmp_path / "deit.safetensors"
+    bad.write_bytes(checkpoint_file("deit").read_bytes()[:-100])
+    run = castling("export", bad, "--target", "onnx", "--overwrite", "-o", tmp_path)
+    assert good.code == 0 and run.code == 2 and "damaged" in run.err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_an_existing_artefact_is_not_overwritten_unasked(tmp_path: Path, checkpoint_file: Files) -> None:
+    arguments = ["export", checkpoint_file("deit"), "--target", "onnx", "--no-benchmark", "-o", tmp_path]
+    assert castling(*arguments).code == 0
+    again = castling(*arguments)
+    assert again.code == 2 and "exists already" in again.err and "--overwrite" in again.err
+    assert castling(*arguments, "--overwrite").code == 0
+
+
+@pytest.mark.skipif(os.getuid() == 0 and not os.path.isdir("/proc"), reason="needs a folder that nobody can write")
+def test_an_output_that_cannot_be_written_is_a_clear_error(checkpoint_file: Files) -> None:
+    """/proc refuses every user, root too."""
+    run = castling("export", checkpoint_file("deit"), "--target", "onnx", "--no-benchmark", "-o", "/proc/castling")
+    assert run.code == 2 and "cannot write" in run.err and "Traceback" not in run.err
+
+
+def test_a_full_disk_is_a_clear_error_and_leaves_nothing(tmp_path: Path, checkpoint_file: Files) -> None:
+    """A limit on the size of a file stands for the full disk: the model does not fit, the write fails half-way."""
+    code = (
+        "import resource, signal, sys\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "from castling_deploy.cli import main\nmain()"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code, "export", "--target", "onnx", "--no-benchmark", "-o", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert process.returncode == 2 and "cannot write" in process.stderr, process.stderr
+    assert os.listdir(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing_behind(how: signal.Signals, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "from castling_deploy.cli import main; main()",
+            "export",
+            "--target",
+            "onnx,coreml",
+            "-o",
+            str(tmp_path),
+        ],
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+    )
+    deadline = time.monotonic() + 120
+    while not any(tmp_path.glob(".*.partial-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(how)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert b"interrupted" in err and b"Traceback" not in err
+    assert not any(tmp_path.glob(".*")), "half a folder was left"
+
+
+def test_dry_run_says_what_would_be_done_and_does_nothing(tmp_path: Path) -> None:
+    run = castling("export", "--target", "onnx,coreml", "--dry-run", "--json", "-o", tmp_path / "out")
+    assert run.code == 0 and [row["target"] for row in run.document["dry_run"]] == ["onnx", "coreml"]
+    assert os.listdir(tmp_path) == []
+
+
+def official_checkpoint(path: Path) -> Path:
+    """A Castling-DeiT whose attention weights come from modules with the official constructor's names, by facebook's
+    container."""
+    network = small("deit")
+    tensors = {name: value for name, value in network.state_dict().items() if ".attn." not in name}
+    for block in range(SMALL_DEIT.depth):
+        module = LinearAngularAttention(SMALL_DEIT.width, SMALL_DEIT.heads, qkv_bias=True)
+        tensors.update({f"blocks.{block}.attn.{name}": value for name, value in module.state_dict().items()})
+    torch.save({"model": tensors}, path)
+    return path
+
+
+def test_a_users_checkpoint_goes_through_every_target(tmp_path: Path) -> None:
+    run = castling(
+        "export",
+        official_checkpoint(tmp_path / "best.pth"),
+        "--target",
+        "all",
+        "--precision",
+        "fp32",
+        "--no-benchmark",
+        "-o",
+        tmp_path,
+        "--json",
+    )
+    assert run.code == 0, run.err
+    document = run.document
+    assert document["model"]["name"] == "castling-deit-best" and document["checkpoint"]["peeled"] == [
+        "container 'model'"
+    ]
+    assert {artifact["parity"]["verdict"] for artifact in document["artifacts"]} == {"pass"}
+    assert document["cast"]["accuracy_cast"] is None, "no labels are known: null, not 0"
+
+
+def test_a_network_that_says_the_same_of_every_image_is_inconclusive(tmp_path: Path) -> None:
+    network = CastlingDeiT(SMALL_DEIT).eval()
+    tensors = network.state_dict()
+    tensors["head.weight"] = torch.zeros_like(tensors["head.weight"])
+    torch.save(tensors, tmp_path / "untrained.pth")
+    run = castling("export", tmp_path / "untrained.pth", "--target", "onnx", "--no-benchmark", "-o", tmp_path, "--json")
+    assert run.code == 5
+    (artifact,) = run.document["artifacts"]
+    assert artifact["parity"]["verdict"] == "inconclusive" and artifact["parity"]["power"] == 0
+
+
+@pytest.mark.parametrize("flags", [["--dynamic"], ["--batch-size", "4"], ["--imgsz", "48,64"], ["--opset", "21"]])
+def test_onnx_options_give_artefacts_that_pass(flags: list[str], tmp_path: Path, checkpoint_file: Files) -> None:
+    run = castling(
+        "export", checkpoint_file("levit"), "--target", "onnx", *flags, "--no-benchmark", "-o", tmp_path, "--json"
+    )
+    assert run.code == 0, run.err
+    assert run.document["artifacts"][0]["parity"]["verdict"] == "pass"
+
+
+def test_machines_read_one_document_and_people_read_stages_and_a_table(tmp_path: Path, checkpoint_file: Files) -> None:
+    run = castling("export", checkpoint_file("deit"), "--target", "onnx", "-o", tmp_path, "--json")
+    json.loads(run.out)
+    for text in ("read and identify", "onnx: export fp32", "onnx: verify", "error / spread", "castling verify"):
+        assert text in run.err
+    silent = castling("export", checkpoint_file("deit"), "--target", "onnx", "-o", tmp_path, "--overwrite")
+    assert silent.out == ""
+
+
+@pytest.mark.parametrize("name", ["deit", "levit"])
+def test_inspect_tells_size_work_cast_and_folds(name: str, checkpoint_file: Files) -> None:
+    run = castling("inspect", checkpoint_file(name), "--json")
+    document = run.document
+    assert run.code == 0 and document["card"]["family"] == f"castling-{name}"
+    assert document["trained"]["macs"] > document["castled"]["macs"] > 0
+    assert document["rules"]["attention constants"] == len(document["layers"])
+    assert ("attention_biases" in " ".join(document["dead"])) == (name == "levit")
+    assert "can vanish" in run.err
+
+
+def test_doctor_tells_every_target_and_how_to_mend_it() -> None:
+    run = castling("doctor", "--json")
+    assert run.code == 0
+    assert {target["target"] for target in run.document["targets"]} == {"onnx", "tensorrt", "coreml", "executorch"}
+    assert all(
+        target["missing"] is None or "pip install" in target["missing"]["fix"] for target in run.document["targets"]
+    )
+
+
+def test_bench_times_a_folder(tmp_path: Path, checkpoint_file: Files) -> None:
+    castling("export", checkpoint_file("deit"), "--target", "onnx", "--no-benchmark", "-o", tmp_path)
+    (folder,) = tmp_path.iterdir()
+    run = castling("bench", folder, "--json")
+    assert run.code == 0 and run.document["latency"][0]["median_s"] > 0

@@ -1,0 +1,205 @@
+"""The main job on the trained networks: every target, every rung, real images, real accuracy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from deployments import Run, castling
+
+import castling_deploy
+from castling_deploy import bundled
+from castling_deploy.artifact import read_folder
+from castling_deploy.target import TARGETS, target_named
+
+# Every precision of every target, on both bundled networks: (network, target, precision).
+EVERYTHING = [
+    (network, name, precision.value)
+    for network in bundled.CHECKPOINTS
+    for name in TARGETS
+    for precision in target_named(name).precisions
+]
+LIMITS = {"fp32": 1e-4, "fp16": 2e-2}
+
+
+@pytest.fixture(scope="session")
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Run]:
+    """`castling export --target all --json` of a bundled network in a precision, run once."""
+    runs: dict[tuple[str, str], Run] = {}
+    output = tmp_path_factory.mktemp("deployed")
+
+    def run(network: str, precision: str) -> Run:
+        if (network, precision) not in runs:
+            targets = [name for name in TARGETS if precision in target_named(name).precisions]
+            runs[network, precision] = castling(
+                "export",
+                "--model",
+                network,
+                "--target",
+                ",".join(targets),
+                "--precision",
+                precision,
+                "--output",
+                output,
+                "--json",
+            )
+        return runs[network, precision]
+
+    return run
+
+
+def artifact_of(run: Run, target: str) -> dict[str, Any]:
+    (artifact,) = (artifact for artifact in run.document["artifacts"] if artifact["target"] == target)
+    return artifact  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("network", "target", "precision"), EVERYTHING)
+def test_every_artefact_computes_what_pytorch_computes(
+    network: str, target: str, precision: str, deployed: Callable[[str, str], Run]
+) -> None:
+    run = deployed(network, precision)
+    artifact = artifact_of(run, target)
+    parity = artifact["parity"]
+    assert parity["verdict"] == "pass", run.err
+    assert parity["power"] == 1
+    assert [rung["name"] for rung in parity["rungs"]] == ["cast", "fold", "exported"]
+    assert all(rung["verdict"] == "pass" for rung in parity["rungs"])
+    assert parity["rungs"][1]["rel"] < 1e-12
+    (witness,) = parity["witnesses"]
+    for output in witness["outputs"]:
+        assert output["rel"] <= LIMITS[precision] and output["top1_agreement"] == 1
+    assert parity["accuracy"]["trained"] >= 97
+    assert parity["accuracy"]["trained"] - parity["accuracy"]["reference"] <= 0.5
+    if precision == "fp32":
+        assert witness["accuracy"] == parity["accuracy"]["reference"], "unchanged to the image"
+    else:
+        assert abs(witness["accuracy"] - parity["accuracy"]["reference"]) < 0.3, "at most one image of 360"
+
+
+@pytest.mark.parametrize("network", bundled.CHECKPOINTS)
+def test_the_document_has_the_promised_keys(network: str, deployed: Callable[[str, str], Run]) -> None:
+    document = deployed(network, "fp32").document
+    assert list(document) == ["schema", "checkpoint", "model", "cast", "fold", "artifacts"]
+    assert document["model"]["name"] == network and len(document["checkpoint"]["sha256"]) == 64
+    assert document["cast"]["layers"][0].keys() >= {"path", "mask_density", "contribution", "can_vanish", "tokens"}
+    assert sum(document["fold"]["rules"].values()) == len(document["fold"]["steps"]) > 0
+    for artifact in document["artifacts"]:
+        assert artifact.keys() >= {
+            "target",
+            "precision",
+            "path",
+            "files",
+            "bytes",
+            "parity",
+            "latency",
+            "status",
+            "reason",
+        }
+        assert artifact["status"] == "ok" and artifact["reason"] is None
+        assert artifact["bytes"] > 100_000
+        for witness in artifact["parity"]["witnesses"]:
+            assert witness.keys() >= {"name", "kind", "verdict", "outputs"}
+            assert any(letter.isdigit() for letter in witness["name"]), "the name tells the version"
+
+
+def test_latency_is_measured_where_a_vendors_runtime_ran_and_null_elsewhere(
+    deployed: Callable[[str, str], Run],
+) -> None:
+    for artifact in deployed(bundled.DEFAULT, "fp32").document["artifacts"]:
+        kinds = {witness["kind"] for witness in artifact["parity"]["witnesses"]}
+        if kinds & {"runtime", "device"}:
+            latency = artifact["latency"]
+            assert 0 < latency["artifact"]["min_s"] <= latency["artifact"]["median_s"] <= latency["artifact"]["p95_s"]
+            assert len(latency["artifact"]["times_s"]) == len(latency["pytorch_eager"]["times_s"]) >= 10
+            assert latency["threads"] == 1
+        else:
+            assert artifact["latency"] is None
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_folder_holds_what_the_manifest_promises(target: str, deployed: Callable[[str, str], Run]) -> None:
+    artifact = artifact_of(deployed(bundled.DEFAULT, "fp32"), target)
+    path = Path(artifact["path"])
+    assert path.name == f"{bundled.DEFAULT}-{target}-fp32"
+    folder = read_folder(path)
+    assert folder.changed() == ()
+    assert {"manifest.json", "parity.json", "README.md", "golden/images.npy", "golden/logits.npy"} <= set(
+        artifact["files"]
+    )
+    for file in folder.artifact.files:
+        assert (path / file).exists()
+    manifest = folder.manifest
+    assert manifest["preprocessing"]["mean"] and manifest["preprocessing"]["resize_kernel"] == "bilinear"
+    assert manifest["labels"] == [str(digit) for digit in range(10)]
+    assert manifest["tools"]["torch"] and manifest["loads_with"]
+    assert np.load(path / "golden" / "images.npy").dtype == np.uint8
+    readme = (path / "README.md").read_text()
+    assert "castling verify" in readme and "```" in readme
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_verify_passes_on_what_export_wrote_and_opens_it_from_numpy(
+    target: str, deployed: Callable[[str, str], Run]
+) -> None:
+    path = Path(artifact_of(deployed(bundled.DEFAULT, "fp32"), target)["path"])
+    seen = castling_deploy.verify(path, bundled.checkpoint_path(bundled.DEFAULT))
+    assert seen.verdict == "pass" and seen.parity is not None
+    images = np.load(path / "golden" / "images.npy")
+    with castling_deploy.open(path) as model:
+        np.testing.assert_allclose(model(images[:3])["logits"], np.load(path / "golden" / "logits.npy")[:3], atol=1e-3)
+
+
+def test_two_runs_in_two_processes_give_the_same_bytes(deployed: Callable[[str, str], Run], tmp_path: Path) -> None:
+    """Engines are left out: NVIDIA's builder chooses kernels anew."""
+    first = deployed(bundled.DEFAULT, "fp32")
+    targets = ("onnx", "coreml", "executorch")
+    second = castling(
+        "export", "--target", ",".join(targets), "--precision", "fp32", "--no-benchmark", "--output", tmp_path, "--json"
+    )
+    for target in targets:
+        one, two = (read_folder(Path(artifact_of(run, target)["path"])) for run in (first, second))
+        same = {name: digest for name, digest in one.files.items() if name != "latency.json"}
+        assert same == dict(two.files)
+        assert {**one.manifest, "files": None} == {**two.manifest, "files": None}
+
+
+def edit(path: Path, change: Callable[[bytearray], None]) -> None:
+    content = bytearray(path.read_bytes())
+    change(content)
+    path.write_bytes(bytes(content))
+
+
+def flip_middle(content: bytearray) -> None:
+    content[len(content) // 2] ^= 0xFF
+
+
+def test_verify_names_what_was_changed_after_the_export(tmp_path: Path) -> None:
+    run = castling("export", "--target", "onnx", "--no-benchmark", "--output", tmp_path, "--json")
+    path = Path(artifact_of(run, "onnx")["path"])
+    edit(path / "model.onnx", flip_middle)
+    (path / "surplus").write_text("x")
+    again = castling("verify", path)
+    assert again.code == 3 and "model.onnx, surplus" in again.err
+
+
+def test_verify_finds_a_wrong_model_whose_hashes_were_mended(tmp_path: Path) -> None:
+    """Somebody exchanges the model and writes its hash into the manifest: the golden outputs still tell."""
+    import hashlib
+
+    first = castling("export", "--target", "onnx", "--no-benchmark", "--output", tmp_path / "a", "--json")
+    network = castling_deploy.load()
+    head = network.get_submodule("head.linear")
+    head.bias.data = head.bias.data.roll(1)  # type: ignore[union-attr, operator]
+    wrong = castling_deploy.export(network, target="onnx", output=tmp_path / "b")
+    path = Path(artifact_of(first, "onnx")["path"])
+    assert wrong.path is not None
+    (path / "model.onnx").write_bytes((wrong.path / "model.onnx").read_bytes())
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["model.onnx"] = hashlib.sha256((path / "model.onnx").read_bytes()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    again = castling("verify", path)
+    assert again.code == 3 and "FAIL" in again.err
