@@ -6,15 +6,12 @@ EXTRAS ?= coreml,executorch,tensorrt-rtx,dev
 OUTPUT ?= castling-out
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: export test test-slow lint install clean
+.PHONY: export test lint install clean
 
 export: install  ## the main job: the bundled network to TARGET
 	$(VENV)/bin/castling-export --target $(TARGET) --output $(OUTPUT) --overwrite
 
 test: install
-	$(VENV)/bin/python -m pytest -q -m "not slow" $(PARALLEL)
-
-test-slow: install
 	$(VENV)/bin/python -m pytest -q $(PARALLEL)
 
 lint: install

@@ -11,7 +11,7 @@ NotImplemented for a case that it does not cover, which leaves the operation as 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -131,11 +131,11 @@ def column_conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: list[int] = [1, 1],  # noqa: B006
-    padding: list[int] = [0, 0],
-    dilation: list[int] = [1, 1],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
     groups: int = 1,
-) -> Tensor:  # noqa: B006
+) -> Tensor:
     """A depthwise convolution with a (K, 1) kernel, (B, C, N, W), every column a channel of its own: (B, C * W, N, 1).
 
     XNNPACK computes 16 channels at once with AVX-512, and the token convolution of DeiT-T has as many as heads, 3: this
