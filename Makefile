@@ -22,9 +22,10 @@ lint: install
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
+	@echo "installing torch and the toolchains into $(VENV): one to ten minutes, by the network"
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
-	touch $@
+	@$(VENV)/bin/python -m pip install -qq --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	@touch $@
 
 clean:
 	rm -rf $(VENV) $(OUTPUT) build dist *.egg-info
