@@ -12,7 +12,7 @@ from torch import nn
 
 from castling_deploy import artifact as written
 from castling_deploy import bundled, checkpoint
-from castling_deploy.errors import CastlingError, ExportError
+from castling_deploy.errors import CastlingError
 from castling_deploy.folder import artifact_folder, refuse_if_taken
 from castling_deploy.identify import ModelCard, identify
 from castling_deploy.ladder import Ladder, climb
@@ -20,12 +20,11 @@ from castling_deploy.latency import TIMED, LatencyReport
 from castling_deploy.parity import ParityReport
 from castling_deploy.probes import probes_for
 from castling_deploy.progress import Progress, Silent
-from castling_deploy.quiet import captured, tail
+from castling_deploy.quiet import toolchain
 from castling_deploy.request import Request, Step, plan
 from castling_deploy.target import (
     Artifact,
     Missing,
-    Network,
 )
 from castling_deploy.verification import measure, verify_artifact
 
@@ -90,8 +89,8 @@ def produce(request: Request, step: Step, card: ModelCard, ladder: Ladder, progr
     path = folder_of(request, card, step)
     try:
         with artifact_folder(path, overwrite=request.overwrite) as folder:
-            with progress.stage(f"{step.target.name}: export {step.precision}"):
-                artifact = _export(step, network, folder)
+            with progress.stage(f"{step.target.name}: export {step.precision}"), toolchain(step.target.name):
+                artifact = step.target.export(network, step.precision, step.options, folder)
             with progress.stage(f"{step.target.name}: verify") as advance:
                 parity = verify_artifact(step.target, artifact, folder, ladder, step.precision, advance)
             latency = None
@@ -102,16 +101,3 @@ def produce(request: Request, step: Step, card: ModelCard, ladder: Ladder, progr
         return Result(step, path, artifact, parity, latency, artifact.unfinished)
     except CastlingError as error:
         return Result(step, error=error)
-
-
-def _export(step: Step, network: Network, folder: Path) -> Artifact:
-    with captured() as log:
-        try:
-            return step.target.export(network, step.precision, step.options, folder)
-        except (CastlingError, OSError):
-            raise
-        except Exception as error:  # a toolchain's own error, of any type
-            raise ExportError(
-                f"{step.target.name}: {type(error).__name__}: {str(error).strip()[:500]}",
-                hint=f"the toolchain's last words:\n{tail(log)}",
-            ) from error

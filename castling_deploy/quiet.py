@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
 
+from castling_deploy.errors import CastlingError, ExportError
+
 
 @contextmanager
 def captured() -> Iterator[IO[bytes]]:
@@ -37,6 +39,21 @@ def captured() -> Iterator[IO[bytes]]:
             os.close(saved[0])
             os.close(saved[1])
             logging.disable(disabled)
+
+
+@contextmanager
+def toolchain(subject: str) -> Iterator[None]:
+    """A block in which somebody else's code runs: its noise is held back, and an error of its own, of any type, becomes
+    an ExportError that starts with `subject` and ends with its last words. Errors of ours, and the disk's, pass."""
+    with captured() as log:
+        try:
+            yield
+        except (CastlingError, OSError):
+            raise
+        except Exception as error:
+            raise ExportError(
+                f"{subject}: {type(error).__name__}: {str(error).strip()[:500]}", hint=f"its last words:\n{tail(log)}"
+            ) from error
 
 
 def tail(log: IO[bytes], lines: int = 20) -> str:

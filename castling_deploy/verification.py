@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from castling_deploy.errors import CastlingError, ExportError
+from castling_deploy.errors import ExportError
 from castling_deploy.execution import inputs_for, repeated, run_artifact
 from castling_deploy.ladder import Ladder
 from castling_deploy.latency import LatencyReport, doubts, host, interleaved
@@ -22,24 +22,15 @@ from castling_deploy.parity import (
     compare,
     top1_accuracy,
 )
-from castling_deploy.quiet import captured, tail
+from castling_deploy.quiet import toolchain
 from castling_deploy.target import Artifact, Precision, Session, Target
 
 
 @contextmanager
 def opened(target: Target, folder: Path, threads: int = 1) -> Iterator[Session]:
-    """The artefact's session, with the toolchain's noise held back. What goes wrong inside is an ExportError."""
-    with captured() as log:
-        try:
-            with target.load(folder, threads=threads) as session:
-                yield session
-        except (CastlingError, OSError):
-            raise
-        except Exception as error:  # a runtime's own error, of any type
-            raise ExportError(
-                f"{target.name}: the artefact does not run: {type(error).__name__}: {str(error).strip()[:500]}",
-                hint=f"the runtime's last words:\n{tail(log)}",
-            ) from error
+    """The artefact's session, with the runtime's noise held back. What goes wrong inside is an ExportError."""
+    with toolchain(f"{target.name}: the artefact does not run"), target.load(folder, threads=threads) as session:
+        yield session
 
 
 def verify_artifact(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -68,10 +68,41 @@ def masked_softmax(logits: torch.Tensor, threshold: float) -> torch.Tensor:
     return weights * (weights > threshold)
 
 
-def branch_evidence(logits: torch.Tensor, threshold: float, core: torch.Tensor, v: torch.Tensor) -> CastEvidence:
-    """What casting this branch away loses, against the linear terms `core` (B, H, N, E)."""
+class SplitAttention(Protocol):
+    """What the attentions of all families have in common: how x becomes q, k, v, and the branch's logits.
+
+    `aux_threshold` is None once the auxiliary branch is cast away.
+    """
+
+    aux_threshold: float | None
+    dconv: nn.Conv2d
+
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (B, N, C) -> q, k (B, H, N, D) and v (B, H, N, E)."""
+
+    def logits(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """The auxiliary branch's logits (B, H, N, N)."""
+
+
+def attend(attention: SplitAttention, x: torch.Tensor) -> torch.Tensor:
+    """N(v / 2 + q^ (k^^T v) / pi + P v) + dconv(v), heads side by side: x (B, N, C) -> (B, N, H * E)."""
+    q, k, v = attention.split(x)
+    core = linear_angular(q, k, v)
+    if attention.aux_threshold is not None:
+        core = core + masked_softmax(attention.logits(q, k), attention.aux_threshold) @ v
+    return join_heads(unit(core) + attention.dconv(v))
+
+
+def branch_evidence(attention: SplitAttention, x: torch.Tensor) -> CastEvidence | None:
+    """What casting the branch of this attention away loses on x (B, N, C); None where there is none."""
+    threshold = attention.aux_threshold
+    if threshold is None:
+        return None
+    q, k, v = attention.split(x)
+    logits = attention.logits(q, k)
     weights = masked_softmax(logits, threshold)
-    lost, kept = (weights @ v).norm(dim=-1), core.norm(dim=-1).clamp_min(NORM_FLOOR)  # (B, H, N)
+    lost = (weights @ v).norm(dim=-1)  # (B, H, N)
+    kept = linear_angular(q, k, v).norm(dim=-1).clamp_min(NORM_FLOOR)
     return CastEvidence(
         tokens=logits.shape[-1],
         threshold=threshold,
@@ -110,7 +141,8 @@ class LinearAngularAttention(nn.Module):
                 f"{channels} channels cannot be split over {heads} heads",
                 hint="choose a number of heads that divides the channels",
             )
-        self.heads, self.aux_threshold, self.tokens = heads, aux_threshold, tokens
+        self.heads, self.tokens = heads, tokens
+        self.aux_threshold = aux_threshold
         self.qkv = nn.Linear(channels, 3 * channels, bias=qkv_bias)
         self.proj = nn.Linear(channels, channels)
         self.dconv = token_conv(heads, kernel)
@@ -126,17 +158,10 @@ class LinearAngularAttention(nn.Module):
         return q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.split(x)
-        core = linear_angular(q, k, v)
-        if self.aux_threshold is not None:
-            core = core + masked_softmax(self.logits(q, k), self.aux_threshold) @ v
-        return self.proj(join_heads(unit(core) + self.dconv(v)))
+        return self.proj(attend(self, x))
 
     def cast_evidence(self, x: torch.Tensor) -> CastEvidence | None:
-        if self.aux_threshold is None:
-            return None
-        q, k, v = self.split(x)
-        return branch_evidence(self.logits(q, k), self.aux_threshold, linear_angular(q, k, v), v)
+        return branch_evidence(self, x)
 
     def castled(self) -> nn.Module:
         twin = copied(self)

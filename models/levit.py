@@ -22,13 +22,11 @@ from castling_deploy.errors import FoldError, ShapeError
 from castling_deploy.fold import mean_of, rows, scaled
 from castling_deploy.models.attention import (
     FoldedAttention,
+    attend,
     branch_evidence,
     join_heads,
-    linear_angular,
-    masked_softmax,
     split_heads,
     token_conv,
-    unit,
 )
 from castling_deploy.models.family import OFFICIAL_THRESHOLD, Size, Tensors, count, interpolated, native_size, tensor
 from castling_deploy.models.layers import ConvNorm, LinearNorm, NormLinear
@@ -122,17 +120,10 @@ class Attention(nn.Module):
         return q @ k.transpose(-2, -1) * self.key_dim**-0.5 + self.attention_biases[:, self.index]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.split(x)
-        core = linear_angular(q, k, v)
-        if self.aux_threshold is not None:
-            core = core + masked_softmax(self.logits(q, k), self.aux_threshold) @ v
-        return self.proj(join_heads(unit(core) + self.dconv(v)))
+        return self.proj(attend(self, x))
 
     def cast_evidence(self, x: torch.Tensor) -> CastEvidence | None:
-        if self.aux_threshold is None:
-            return None
-        q, k, v = self.split(x)
-        return branch_evidence(self.logits(q, k), self.aux_threshold, linear_angular(q, k, v), v)
+        return branch_evidence(self, x)
 
     def castled(self) -> nn.Module:
         twin = copied(self)

@@ -242,6 +242,24 @@ def test_onnx_options_give_artefacts_that_pass(flags: list[str], tmp_path: Path,
     assert run.document["artifacts"][0]["parity"]["verdict"] == "pass"
 
 
+def test_without_tensorrt_the_typed_graph_and_its_parity_are_kept_and_the_rest_is_explained(
+    tmp_path: Path, checkpoint_file: Files
+) -> None:
+    code = (
+        "import sys\nsys.modules['tensorrt'] = sys.modules['tensorrt_rtx'] = None\n"
+        "from castling_deploy.cli import main\nmain()"
+    )
+    arguments = ["export", str(checkpoint_file("deit")), "--target", "trt", "-o", str(tmp_path), "--json"]
+    process = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
+    assert process.returncode == 4, process.stderr
+    (artifact,) = json.loads(process.stdout)["artifacts"]
+    assert artifact["status"] == "unavailable" and artifact["parity"]["verdict"] == "pass"
+    assert "model.onnx" in artifact["files"] and "model.engine" not in artifact["files"]
+    for text in ("pip install 'castling-deploy[tensorrt-rtx]'", "trtexec --onnx=model.onnx"):
+        assert text in artifact["reason"] and text in process.stderr
+        assert text in (Path(artifact["path"]) / "README.md").read_text()
+
+
 def test_machines_read_one_document_and_people_read_stages_and_a_table(tmp_path: Path, checkpoint_file: Files) -> None:
     run = castling("export", checkpoint_file("deit"), "--target", "onnx", "-o", tmp_path, "--json")
     json.loads(run.out)
