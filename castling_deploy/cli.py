@@ -130,7 +130,7 @@ def export(
 
     progress = StderrProgress()
     progress.console.print(
-        f"[bold]castling export[/] {checkpoint or 'the bundled ' + (model or 'network')} "
+        f"castling export {checkpoint or 'the bundled ' + (model or 'network')} "
         f"to {', '.join(step.target.name for step in steps)}"
     )
     deployment = deploy(request, progress)
@@ -172,7 +172,7 @@ def _dry_run(request: Any, steps: tuple[Any, ...], as_json: bool) -> int:
 def verify(path: Path, checkpoint: Path | None, as_json: bool) -> int:
     """Check an artefact folder: its files, its golden outputs, and its parity with a checkpoint."""
     from castling_deploy import documents
-    from castling_deploy.console import MARKS, StderrProgress, number
+    from castling_deploy.console import StderrProgress, marked, number
     from castling_deploy.parity import Verdict
     from castling_deploy.recheck import verify as recheck
 
@@ -184,7 +184,7 @@ def verify(path: Path, checkpoint: Path | None, as_json: bool) -> int:
     for title, report in reports:
         for output in report.outputs:
             progress.console.print(
-                f"{title}: {output.name} {MARKS[output.verdict]}, error / spread "
+                f"{title}: {output.name} {marked(output.verdict)}, error / spread "
                 f"{number(output.rel, '.1e')}, by {report.witness.name} ({report.witness.kind})"
             )
     if as_json:
@@ -239,14 +239,12 @@ def bench(paths: tuple[Path, ...], threads: int, as_json: bool) -> int:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def inspect(path: Path | None, model: str | None, imgsz: tuple[int, int] | None, as_json: bool) -> int:
     """What a checkpoint or an artefact folder PATH is (without one: a bundled network)."""
-    from rich.console import Console
-
     from castling_deploy import bundled, documents
     from castling_deploy.artifact import read_folder
-    from castling_deploy.console import WIDTH, print_inspection
+    from castling_deploy.console import print_inspection, stderr_console
     from castling_deploy.inspection import inspect_checkpoint
 
-    console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else WIDTH)
+    console = stderr_console()
     if path is not None and path.is_dir():
         folder = read_folder(path)
         console.print_json(json.dumps(documents.plain(folder.manifest)))
@@ -264,13 +262,11 @@ def inspect(path: Path | None, model: str | None, imgsz: tuple[int, int] | None,
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def doctor(as_json: bool) -> int:
     """Which targets can be exported, run and verified here, and the exact line that mends what cannot."""
-    from rich.console import Console
-
-    from castling_deploy.console import WIDTH, print_health
+    from castling_deploy.console import print_health, stderr_console
     from castling_deploy.doctor import examine
 
     health = examine()
-    print_health(health, Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else WIDTH))
+    print_health(health, stderr_console())
     if as_json:
         from castling_deploy.documents import plain
 
