@@ -52,7 +52,7 @@ def verify(path: str | Path, checkpoint: str | Path | None = None, progress: Pro
             )
     target = _target_of(folder)
     images, logits = _golden(folder)
-    probes = Probes(folder.preprocessing, images, real=len(images), extremes=0, labels=None)
+    probes = Probes.of(images, folder.preprocessing)
     with progress.stage(f"{target.name}: run the golden images") as advance, opened(target, folder.path) as session:
         outputs = run_artifact(session, folder.artifact, inputs_for(folder.artifact.inputs[0], probes), advance)
         witness = session.witness
@@ -82,7 +82,7 @@ def benchmark(path: str | Path, *, threads: int = 1) -> Timing:
         )
     images, _ = _golden(folder)
     (spec,) = folder.artifact.inputs
-    probes = Probes(folder.preprocessing, images, real=len(images), extremes=0, labels=None)
+    probes = Probes.of(images, folder.preprocessing)
     batch = spec.shape[0] if spec.shape[0] > 0 else 1
     feed = repeated(inputs_for(spec, probes), batch)
     with opened(target, folder.path, threads) as session:
