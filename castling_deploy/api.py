@@ -101,8 +101,8 @@ class Model:
         self.witness = self._session.witness
 
     def __call__(self, images: npt.NDArray[np.generic]) -> Array:
-        """The logits (B, classes) of `images`; see `outputs`."""
-        return self.outputs(images)["logits"]
+        """The network's first output, B first (a classifier's logits); see `outputs`."""
+        return self.outputs(images)[self.folder.artifact.outputs[0].name]
 
     def outputs(self, images: npt.NDArray[np.generic]) -> dict[str, Array]:
         """Every output by name, B first. Raises ShapeError.

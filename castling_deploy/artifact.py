@@ -19,6 +19,7 @@ from castling_deploy.folder import MANIFEST, files_in, sha256
 from castling_deploy.identify import ModelCard
 from castling_deploy.ladder import Ladder
 from castling_deploy.latency import LatencyReport
+from castling_deploy.models.family import family_named
 from castling_deploy.parity import ParityReport, Verdict
 from castling_deploy.preprocessing import Preprocessing
 from castling_deploy.target import Artifact, Network, Precision, Target, TensorSpec
@@ -33,7 +34,10 @@ def network_for(card: ModelCard, folded: nn.Module, batch_size: int) -> Network:
         name=card.name,
         module=folded,
         inputs=(TensorSpec("image", (batch_size, card.config.channels, height, width), "float32", "NCHW"),),
-        outputs=(TensorSpec("logits", (batch_size, card.config.classes), "float32", "NC"),),
+        outputs=tuple(
+            TensorSpec(output.name, (batch_size, *output.shape), "float32", "N" + output.layout)
+            for output in family_named(card.family).outputs(card.config)
+        ),
         preprocessing=card.preprocessing,
         labels=card.labels,
         description=f"{card.name}: a {card.family} network ({card.reference}), auxiliary branch cast away, "
@@ -71,7 +75,8 @@ def describe(
     golden.mkdir()
     count = min(GOLDEN_IMAGES, ladder.probes.real)
     np.save(golden / "images.npy", ladder.probes.images[:count])
-    np.save(golden / "logits.npy", ladder.reference.outputs[:count])
+    for name, values in ladder.outputs.items():
+        np.save(golden / f"{name}.npy", values[:count])
     documents.write(folder / "parity.json", documents.parity_document(parity, ladder))
     if latency is not None:
         documents.write(folder / "latency.json", documents.latency_document(latency))
@@ -86,7 +91,7 @@ def describe(
             "precision": precision,
             "options": options,
             "parity": parity.verdict,
-            "noise_rel": ladder.reference.noise,
+            "noise_rel": {name: reference.noise for name, reference in ladder.references.items()},
             "inputs": artifact.inputs,
             "outputs": artifact.outputs,
             "preprocessing": card.preprocessing,
@@ -138,7 +143,7 @@ def _readme(card: ModelCard, target: Target, precision: Precision, artifact: Art
         ),
         "- outputs: " + ", ".join(f"`{spec.name}` {list(spec.shape)}" for spec in artifact.outputs),
         "",
-        "`golden/images.npy` holds real images at the network's size, `golden/logits.npy` what the PyTorch "
+        "`golden/images.npy` holds real images at the network's size, the other files beside it what the PyTorch "
         "reference says of them.",
         "",
         "## Loading it",
@@ -162,7 +167,8 @@ class Folder:
     precision: Precision
     artifact: Artifact
     preprocessing: Preprocessing
-    noise: float
+    task: str
+    noise: Mapping[str, float]
     checkpoint_sha256: str | None
     files: Mapping[str, str]
 
@@ -210,7 +216,8 @@ def read_folder(path: Path) -> Folder:
             Precision(manifest["precision"]),
             artifact,
             Preprocessing(**preprocessing),
-            float(manifest["noise_rel"]),
+            str(manifest["model"]["task"]),
+            {str(name): float(noise) for name, noise in manifest["noise_rel"].items()},
             manifest["checkpoint"]["sha256"],
             dict(manifest["files"]),
         )

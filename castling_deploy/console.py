@@ -80,14 +80,15 @@ def number(value: float | None, form: str) -> str:
 def print_deployment(deployment: Deployment, console: Console) -> None:
     """The closing table, what is doubtful, and what to do next."""
     ladder, card = deployment.ladder, deployment.card
-    before, after = ladder.accuracy(ladder.trained_outputs), ladder.accuracy(ladder.reference.outputs)
+    before, after = ladder.score(ladder.trained_outputs), ladder.score(ladder.outputs)
     console.print(
         f"\n{card.name}: {len(ladder.layers)} auxiliary branches cast away, "
         f"{len(ladder.steps)} folds (exact to {number(ladder.fold_rung.rel, '.0e')} in float64)"
     )
     if before is not None and after is not None:
         console.print(
-            f"top-1 on {ladder.probes.real} held-out images: {before:.2f} % as trained, {after:.2f} % after the cast"
+            f"{ladder.task.metric} on {ladder.probes.real} held-out images: {before:.2f} % as trained, "
+            f"{after:.2f} % after the cast"
         )
     else:
         console.print(
@@ -95,7 +96,8 @@ def print_deployment(deployment: Deployment, console: Console) -> None:
             "labelled images are known for this network, so its accuracy after the cast was not measured"
         )
     table = Table(show_edge=False, pad_edge=False)
-    for column in ("target", "precision", "size", "parity", "error / spread", "top-1", "median", "vs PyTorch eager"):
+    metric = ladder.task.metric
+    for column in ("target", "precision", "size", "parity", "error / spread", metric, "median", "vs PyTorch eager"):
         table.add_column(column)
     for result in deployment.results:
         table.add_row(*_row(result))
@@ -111,15 +113,14 @@ def _row(result: Result) -> list[str | Text]:
         state = Text("failed", "red") if result.error else Text("unavailable", "yellow")
         return [name, precision, "-", state, *["-"] * 4]
     report = result.parity.witnesses[0]
-    worst = max((output.rel for output in report.outputs if output.rel is not None), default=None)
     latency = result.latency
     return [
         name,
         precision,
         f"{(model_bytes(result) or 0) / 1e6:.2f} MB",
         marked(result.parity.verdict),
-        f"{number(worst, '.1e')} of {result.parity.rungs[-1].limit:.0e}",
-        number(report.accuracy, ".2f"),
+        f"{number(result.parity.rungs[-1].rel, '.1e')} of {result.parity.rungs[-1].limit:.0e}",
+        number(report.score, ".2f"),
         "-" if latency is None else f"{latency.artifact.median_s * 1e3:.2f} ms",
         "-" if latency is None else f"{latency.ratio:.2f} x",
     ]

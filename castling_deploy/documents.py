@@ -55,6 +55,7 @@ def model_document(card: ModelCard, parameters: int) -> dict[str, Any]:
     return {
         "name": card.name,
         "family": card.family,
+        "task": card.task,
         "reference": card.reference,
         "parameters": parameters,
         "image_size": card.config.image_size,
@@ -72,8 +73,8 @@ def cast_document(ladder: Ladder) -> dict[str, Any]:
     return {
         "rel": ladder.cast_rung.rel,
         "verdict": ladder.cast_rung.verdict,
-        "accuracy_trained": ladder.accuracy(ladder.trained_outputs),
-        "accuracy_cast": ladder.accuracy(ladder.reference.outputs),
+        "accuracy_trained": ladder.score(ladder.trained_outputs),
+        "accuracy_cast": ladder.score(ladder.outputs),
         "layers": layers,
     }
 
@@ -95,7 +96,7 @@ def parity_document(report: ParityReport, ladder: Ladder) -> dict[str, Any]:
             "name": seen.witness.name,
             "kind": seen.witness.kind,
             "verdict": seen.verdict,
-            "accuracy": seen.accuracy,
+            "accuracy": seen.score,
             "outputs": [plain(output) for output in seen.outputs],
         }
         for seen in report.witnesses
@@ -104,13 +105,12 @@ def parity_document(report: ParityReport, ladder: Ladder) -> dict[str, Any]:
         "verdict": report.verdict,
         "power": report.power,
         "precision": report.precision,
-        "spread": report.spread,
-        "noise_rel": report.noise_rel,
         "probes": report.probes,
         "accuracy": {
-            "trained": ladder.accuracy(ladder.trained_outputs),
-            "reference": ladder.accuracy(ladder.reference.outputs),
-            "artifact": report.witnesses[0].accuracy if report.witnesses else None,
+            "metric": ladder.task.metric,
+            "trained": ladder.score(ladder.trained_outputs),
+            "reference": ladder.score(ladder.outputs),
+            "artifact": report.witnesses[0].score if report.witnesses else None,
         },
         "rungs": [plain(rung) for rung in report.rungs],
         "witnesses": witnesses,

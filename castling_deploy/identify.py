@@ -28,6 +28,8 @@ class ModelCard:
 
     name: str
     family: str
+    task: str
+    outputs: tuple[str, ...]
     reference: str
     config: Any
     preprocessing: Preprocessing
@@ -75,6 +77,8 @@ def identify(
     return network, ModelCard(
         name=name,
         family=family.name,
+        task=family.task,
+        outputs=tuple(output.name for output in family.outputs(config)),
         reference=family.reference,
         config=config,
         preprocessing=_preprocessing(facts, config),

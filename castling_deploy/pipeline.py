@@ -26,6 +26,7 @@ from castling_deploy.target import (
     Artifact,
     Missing,
 )
+from castling_deploy.task import task_named
 from castling_deploy.verification import measure, verify_artifact
 
 
@@ -71,7 +72,8 @@ def deploy_network(
     for step in steps:
         refuse_if_taken(folder_of(request, card, step), overwrite=request.overwrite)
     with progress.stage("castle, fold, and run the reference") as advance:
-        ladder = climb(network, probes_for(card.preprocessing, card.samples, request.seed), advance)
+        probes = probes_for(card.preprocessing, card.samples, request.seed)
+        ladder = climb(network, task_named(card.task), card.outputs, probes, advance)
     return Deployment(card, ladder, tuple(produce(request, step, card, ladder, progress) for step in steps))
 
 
