@@ -106,7 +106,7 @@ class ExecuTorchTarget:
         contents = pte_contents(data)
         check(contents, network, precision)
         (folder / FILE).write_bytes(data)
-        (image,), (logits,) = network.inputs, network.outputs
+        (image,), logits = network.inputs, network.outputs[0]
         usage = USAGE.format(
             input=image.name,
             shape=image.shape,
