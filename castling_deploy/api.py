@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ def load(
 ) -> nn.Module:
     """The network of a checkpoint (without one: the bundled `model`) in training form, its card as `.card`.
 
+    A network whose weights are changed afterwards is exported as one of no checkpoint.
+
     Shape: (B, C, H, W) -> logits (B, classes). Raises CheckpointError.
     """
     source = bundled.checkpoint_path(model or bundled.DEFAULT) if path is None else path
@@ -42,7 +45,8 @@ def load(
 
 def castle(model: nn.Module) -> nn.Module:
     """A new network without auxiliary branches; `model` is not changed. See castle.py."""
-    return _carrying(castled(model), _card(model))
+    card = _card(model)
+    return _carrying(castled(model), card and replace(card, already_cast=True))
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -139,16 +143,29 @@ def open(path: str | Path, *, threads: int = 1) -> Model:
 
 
 def _carrying(network: nn.Module, card: ModelCard | None) -> nn.Module:
-    network.card = card  # type: ignore[assignment]  # nn.Module types its attributes as tensors and modules
+    network.card, network.fingerprint = card, _fingerprint(network)  # type: ignore[assignment]  # no tensors or modules
     return network
 
 
 def _card(network: nn.Module) -> ModelCard | None:
     card = getattr(network, "card", None)
-    return card if isinstance(card, ModelCard) else None
+    if not isinstance(card, ModelCard):
+        return None
+    if network.fingerprint == _fingerprint(network):
+        return card
+    return replace(card, checkpoint_path=None, checkpoint_sha256=None)
+
+
+def _fingerprint(network: nn.Module) -> tuple[float, ...]:
+    """One number per tensor: whether weights were changed since, not a hash against forgers."""
+    return tuple(
+        tensor.double().norm().item() + tensor.double().sum().item() for tensor in network.state_dict().values()
+    )
 
 
 def _card_from_weights(network: nn.Module) -> ModelCard:
     """The card of a network that somebody built: its family is recognised like a checkpoint's."""
     tensors = {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
-    return identify(reading.Checkpoint(Path("in-memory"), None, tensors))[1]
+    config = getattr(network, "config", None)
+    facts = {"image_size": list(config.image_size), "aux_threshold": config.aux_threshold} if config else {}
+    return identify(reading.Checkpoint(Path("in-memory"), None, tensors, card=facts))[1]

@@ -17,10 +17,12 @@ from castling_deploy import documents
 from castling_deploy.errors import UsageError
 from castling_deploy.folder import MANIFEST, files_in, sha256
 from castling_deploy.identify import ModelCard
+from castling_deploy.inspection import parameters
 from castling_deploy.ladder import Ladder
 from castling_deploy.latency import LatencyReport
 from castling_deploy.models.family import family_named
 from castling_deploy.parity import ParityReport, Verdict
+from castling_deploy.plain import SCHEMA, plain
 from castling_deploy.preprocessing import Preprocessing
 from castling_deploy.target import Artifact, Network, Precision, Target, TensorSpec
 
@@ -48,7 +50,7 @@ def network_for(card: ModelCard, folded: nn.Module, batch_size: int) -> Network:
             "reference": card.reference,
             "checkpoint_sha256": card.checkpoint_sha256 or "none",
             "castling_deploy": version("castling-deploy"),
-            "preprocessing": json.dumps(documents.plain(card.preprocessing)),
+            "preprocessing": json.dumps(plain(card.preprocessing)),
             "labels": json.dumps(card.labels),
         },
     )
@@ -84,8 +86,8 @@ def describe(
     documents.write(
         folder / MANIFEST,
         {
-            "schema": documents.SCHEMA,
-            "model": documents.model_document(card, parameters(ladder.folded)),
+            "schema": SCHEMA,
+            "model": documents.model_document(card, parameters(ladder.castled)),
             "checkpoint": documents.checkpoint_document(card),
             "target": target.name,
             "precision": precision,
@@ -106,14 +108,10 @@ def describe(
     )
 
 
-def parameters(network: nn.Module) -> int:
-    """Number of weights, constants included."""
-    return sum(tensor.numel() for tensor in [*network.parameters(), *network.buffers()])
-
-
 def _readme(card: ModelCard, target: Target, precision: Precision, artifact: Artifact, parity: ParityReport) -> str:
     pre, (height, width) = card.preprocessing, card.preprocessing.size
     mark = "" if parity.verdict is Verdict.PASS else f"\n> **Parity: {parity.verdict}.** Do not ship this artefact.\n"
+    notes = [f"- {note}" for note in artifact.details.get("notes", ())]
     lines = [
         f"# {card.name} for {target.name}, {precision}",
         mark,
@@ -128,14 +126,17 @@ def _readme(card: ModelCard, target: Target, precision: Precision, artifact: Art
             lines.append(f"| {seen.witness.name} | {seen.witness.kind} | {output.name} | {rel} | {output.verdict} |")
     lines += [
         "",
+        *notes,
+        *([""] if notes else []),
         "## Input",
         "",
         *(
             f"- `{spec.name}`: {spec.dtype} {list(spec.shape)}, {spec.layout}, {spec.content}"
             for spec in artifact.inputs
         ),
-        f"- preprocessing: {pre.channel_order}; resize the short side to "
-        f"{round(min(height, width) / pre.crop_fraction)} ({pre.resize_kernel}), crop the centre to {height} x {width}"
+        f"- preprocessing: {pre.channel_order}; resize without distortion to cover "
+        f"{round(height / pre.crop_fraction)} x {round(width / pre.crop_fraction)} pixels ({pre.resize_kernel}), "
+        f"crop the centre to {height} x {width}"
         + (
             "."
             if artifact.inputs[0].content == "image"
@@ -159,12 +160,13 @@ def _readme(card: ModelCard, target: Target, precision: Precision, artifact: Art
 
 @dataclass(frozen=True)
 class Folder:
-    """An artefact folder that was read back, and its manifest as it stands on disk."""
+    """An artefact folder that was read back, and its manifest as it stands on disk; `verdict` is that of its export."""
 
     path: Path
     manifest: Mapping[str, Any]
     target: str
     precision: Precision
+    verdict: Verdict
     artifact: Artifact
     preprocessing: Preprocessing
     task: str
@@ -191,9 +193,9 @@ def read_folder(path: Path) -> Folder:
             hint="name a folder that `castling export` wrote",
         ) from None
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
-    if schema != documents.SCHEMA:
+    if schema != SCHEMA:
         raise UsageError(
-            f"'{path}' has a manifest of schema {schema}, this version reads schema {documents.SCHEMA}",
+            f"'{path}' has a manifest of schema {schema}, this version reads schema {SCHEMA}",
             hint="use the castling-deploy that wrote it",
         )
     try:
@@ -212,8 +214,9 @@ def read_folder(path: Path) -> Folder:
         return Folder(
             path,
             manifest,
-            manifest["target"],
+            str(manifest["target"]),
             Precision(manifest["precision"]),
+            Verdict(manifest["parity"]),
             artifact,
             Preprocessing(**preprocessing),
             str(manifest["model"]["task"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -63,9 +64,6 @@ class StderrProgress:
         seconds = f"  {time.perf_counter() - started:.1f} s"
         self.console.print(Text.assemble("  ", (mark, style), f" {title}", (seconds, "dim")))
 
-    def warn(self, text: str) -> None:
-        self.console.print(f"  ! {text}", style="yellow")
-
 
 def marked(verdict: Verdict) -> Text:
     """The verdict in its colour; what fails is written large."""
@@ -90,6 +88,10 @@ def print_deployment(deployment: Deployment, console: Console) -> None:
             f"{ladder.task.metric} on {ladder.probes.real} held-out images: {before:.2f} % as trained, "
             f"{after:.2f} % after the cast"
         )
+        if ladder.cast_rung.verdict is Verdict.FAIL:
+            console.print("the cast harms this network: do not ship it; train longer with the branch on", style="red")
+    elif ladder.already_cast:
+        console.print("the network was cast before: what that cost cannot be told any more")
     else:
         console.print(
             f"the cast changes the outputs by {number(ladder.cast_rung.rel, '.2g')} of their spread; no "
@@ -97,7 +99,7 @@ def print_deployment(deployment: Deployment, console: Console) -> None:
         )
     table = Table(show_edge=False, pad_edge=False)
     metric = ladder.task.metric
-    for column in ("target", "precision", "size", "parity", "error / spread", metric, "median", "vs PyTorch eager"):
+    for column in ("target", "precision", "size", "parity", "error / spread", metric, "median", "time / PyTorch"):
         table.add_column(column)
     for result in deployment.results:
         table.add_row(*_row(result))
@@ -122,7 +124,7 @@ def _row(result: Result) -> list[str | Text]:
         f"{number(result.parity.rungs[-1].rel, '.1e')} of {result.parity.rungs[-1].limit:.0e}",
         number(report.score, ".2f"),
         "-" if latency is None else f"{latency.artifact.median_s * 1e3:.2f} ms",
-        "-" if latency is None else f"{latency.ratio:.2f} x",
+        "-" if latency is None else f"{latency.ratio:.2f}",
     ]
 
 
@@ -152,7 +154,7 @@ def _print_notes(result: Result, console: Console) -> None:
         for warning in result.latency.warnings:
             console.print(f"  ! {warning}", style="yellow")
     if result.path is not None:
-        console.print(f"  check it again: castling verify {result.path}", soft_wrap=True)
+        console.print(f"  check it again: castling verify {shlex.quote(str(result.path))}", soft_wrap=True)
 
 
 def print_inspection(seen: Inspection, console: Console) -> None:

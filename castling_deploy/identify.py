@@ -40,6 +40,7 @@ class ModelCard:
     peeled: tuple[str, ...]
     loaded: int
     dropped: tuple[str, ...]
+    already_cast: bool = False
 
 
 def identify(

@@ -42,6 +42,7 @@ class Ladder:
     layers: tuple[LayerCast, ...]
     steps: tuple[FoldStep, ...]
     fold_rung: Rung
+    already_cast: bool
 
     @property
     def outputs(self) -> Outputs:
@@ -51,6 +52,8 @@ class Ladder:
     @cached_property
     def cast_rung(self) -> Rung:
         """The cast's own gap. It is an approximation: judged by the task's score where labels are known, else open."""
+        if self.already_cast:
+            return Rung("cast", None, None, Verdict.INCONCLUSIVE)
         rel = worst(
             reference.rel(self.trained_outputs[name], reference.outputs) for name, reference in self.references.items()
         )
@@ -71,10 +74,13 @@ def climb(
     names: Sequence[str],
     probes: Probes,
     advance: Callable[[float], None] = lambda share: None,
+    *,
+    already_cast: bool = False,
 ) -> Ladder:
     """Cast and fold `network` (training form, eval mode) and run every rung. `network` is not changed.
 
-    `names` are those of the outputs, in the order in which the network returns them.
+    `names` are those of the outputs, in the order in which the network returns them. What the cast of a network that
+    is `already_cast` cost cannot be told any more.
     """
     steps: list[FoldStep] = []
     castled = castle(network)
@@ -102,7 +108,9 @@ def climb(
     exact_folded = run(fold(exact_castled), names, few.tensors.astype(np.float64))
     advance(1.0)
     fold_rung = _fold_rung({name: Reference(exact[name], few.real, noise=0.0) for name in names}, exact_folded)
-    return Ladder(task, probes, castled, folded, trained_outputs, references, layers, tuple(steps), fold_rung)
+    return Ladder(
+        task, probes, castled, folded, trained_outputs, references, layers, tuple(steps), fold_rung, already_cast
+    )
 
 
 def _fold_rung(exact: Mapping[str, Reference], folded: Outputs) -> Rung:

@@ -153,7 +153,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """Every rung and every witness. The cast's rung informs; it does not decide."""
+    """Every rung and every witness. A rung without a limit (the cast) decides only where it failed its task."""
 
     precision: Precision
     probes: int
@@ -167,7 +167,7 @@ class ParityReport:
 
     @property
     def verdict(self) -> Verdict:
-        decisive = [rung.verdict for rung in self.rungs if rung.limit is not None]
+        decisive = [rung.verdict for rung in self.rungs if rung.limit is not None or rung.verdict is Verdict.FAIL]
         return Verdict.worst(
             [*decisive, *(report.verdict for report in self.witnesses)]
             if self.witnesses

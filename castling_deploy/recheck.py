@@ -29,11 +29,13 @@ class Recheck:
 
     folder: Folder
     golden: WitnessReport
-    parity: ParityReport | None
+    ladder: Ladder | None = None
+    parity: ParityReport | None = None
 
     @property
     def verdict(self) -> Verdict:
-        return Verdict.worst([self.golden.verdict, *([self.parity.verdict] if self.parity else [])])
+        """The golden images are few: without a new comparison, the verdict of the export counts beside theirs."""
+        return Verdict.worst([self.golden.verdict, self.parity.verdict if self.parity else self.folder.verdict])
 
 
 def verify(path: str | Path, checkpoint: str | Path | None = None, progress: Progress | None = None) -> Recheck:
@@ -63,11 +65,11 @@ def verify(path: str | Path, checkpoint: str | Path | None = None, progress: Pro
     task = task_named(folder.task)
     golden = WitnessReport(witness, compared(task, outputs, references, TOLERANCES[folder.precision]), None)
     if checkpoint is None:
-        return Recheck(folder, golden, None)
+        return Recheck(folder, golden)
     ladder = _ladder(folder, Path(checkpoint), progress)
     with progress.stage(f"{target.name}: verify against the checkpoint") as advance:
         parity = verify_artifact(target, folder.artifact, folder.path, ladder, folder.precision, advance)
-    return Recheck(folder, golden, parity)
+    return Recheck(folder, golden, ladder, parity)
 
 
 def benchmark(path: str | Path, *, threads: int = 1) -> Timing:

@@ -112,8 +112,16 @@ class CoreMLTarget:
             )
         return Witness(f"castling-deploy {version('castling-deploy')} MIL evaluator", WitnessKind.REFERENCE)
 
+    def refuse(self, options: CoreMLOptions, batch_size: int) -> None:
+        if options.input == "image" and batch_size != 1:
+            raise UsageError(
+                f"a Core ML image input holds one image, not {batch_size}",
+                hint="use --batch-size 1, or --input tensor",
+            )
+
     def export(self, network: Network, precision: Precision, options: CoreMLOptions, folder: Path) -> Artifact:
-        refuse(network, options)
+        self.refuse(options, network.inputs[0].shape[0])
+        check_network(network, options)
         classes = distinct(network.labels or ()) if classifies(network) else ()
         pixels, scores = options.input == "image", bool(classes)
         program = exported_program(network, pixels=pixels, scores=scores)
@@ -151,14 +159,10 @@ class CoreMLTarget:
             torch.set_num_threads(before)
 
 
-def refuse(network: Network, options: CoreMLOptions) -> None:
+def check_network(network: Network, options: CoreMLOptions) -> None:
     """Raises UsageError or ExportError for what cannot be built, before anything is imported."""
-    batch, channels = network.inputs[0].shape[:2]
+    channels = network.inputs[0].shape[1]
     order = network.preprocessing.channel_order
-    if options.input == "image" and batch != 1:
-        raise UsageError(
-            f"a Core ML image input holds one image, not {batch}", hint="use --batch-size 1, or --input tensor"
-        )
     if options.input == "image" and channels != 1 and (channels, order) != (3, "RGB"):
         raise UsageError(f"Core ML has no image of {channels} channels in the order {order}", hint="use --input tensor")
     classes = network.outputs[0].shape[1]

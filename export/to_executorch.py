@@ -90,6 +90,9 @@ class ExecuTorchTarget:
     def witness(self) -> Witness:
         return Witness(f"executorch {installed_version() or LINE + 'x'} XNNPACK", WitnessKind.RUNTIME)
 
+    def refuse(self, options: ExecuTorchOptions, batch_size: int) -> None:
+        pass  # every batch can be fixed
+
     def export(self, network: Network, precision: Precision, options: ExecuTorchOptions, folder: Path) -> Artifact:
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.backends.xnnpack.utils.configs import get_transform_passes
