@@ -21,7 +21,7 @@ from castling_deploy.inspection import parameters
 from castling_deploy.ladder import Ladder
 from castling_deploy.latency import LatencyReport
 from castling_deploy.models.family import family_named
-from castling_deploy.parity import ParityReport, Verdict
+from castling_deploy.parity import TOLERANCES, ParityReport, Verdict
 from castling_deploy.plain import SCHEMA, plain
 from castling_deploy.preprocessing import Preprocessing
 from castling_deploy.target import Artifact, Network, Precision, Target, TensorSpec
@@ -208,6 +208,9 @@ def read_folder(path: Path) -> Folder:
             usage="",
             details=manifest["details"],
         )
+        precision = Precision(manifest["precision"])
+        if precision not in TOLERANCES:
+            raise ValueError(f"nothing is built in {precision}")
         preprocessing: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in manifest["preprocessing"].items()
         }
@@ -215,7 +218,7 @@ def read_folder(path: Path) -> Folder:
             path,
             manifest,
             str(manifest["target"]),
-            Precision(manifest["precision"]),
+            precision,
             Verdict(manifest["parity"]),
             artifact,
             Preprocessing(**preprocessing),

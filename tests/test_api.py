@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from networks import small
+from networks import SMALL_DEIT, conditioned, small
 
 import castling_deploy
 from castling_deploy.errors import CastlingError, CheckpointError, ParityError, ShapeError, UsageError
+from castling_deploy.models.deit import CastlingDeiT
 
 Files = Callable[[str], Path]
 
@@ -91,3 +94,35 @@ def test_verify_refuses_another_checkpoint(exported: Path, checkpoint_file: File
 def test_benchmark_gives_raw_times(exported: Path) -> None:
     timing = castling_deploy.benchmark(exported)
     assert timing.median_s > 0 and len(timing.times_s) >= 10
+
+
+def test_a_rectangular_network_built_in_python_keeps_its_size_and_threshold(tmp_path: Path) -> None:
+    network = conditioned(CastlingDeiT(replace(SMALL_DEIT, image_size=(16, 64), aux_threshold=0.5)))
+    result = castling_deploy.export(network, target="onnx", output=tmp_path)
+    assert result.path is not None
+    manifest = json.loads((result.path / "manifest.json").read_text())
+    assert manifest["inputs"][0]["shape"] == [1, 3, 16, 64]
+    assert manifest["model"]["config"]["aux_threshold"] == 0.5
+
+
+def test_changed_weights_are_no_longer_those_of_the_checkpoint(tmp_path: Path, checkpoint_file: Files) -> None:
+    network = castling_deploy.load(checkpoint_file("deit"))
+    network.get_parameter("head.bias").data += 1
+    result = castling_deploy.export(network, target="onnx", output=tmp_path)
+    assert result.path is not None
+    assert json.loads((result.path / "manifest.json").read_text())["checkpoint"]["sha256"] is None
+
+
+def test_what_an_earlier_cast_cost_is_not_called_nothing(tmp_path: Path, checkpoint_file: Files) -> None:
+    castled = castling_deploy.castle(castling_deploy.load(checkpoint_file("deit")))
+    result = castling_deploy.export(castled, target="onnx", output=tmp_path)
+    assert result.parity is not None
+    cast = result.parity.rungs[0]
+    assert (cast.name, cast.rel, cast.verdict) == ("cast", None, "inconclusive")
+
+
+def test_a_network_in_training_mode_and_an_empty_batch_are_refused(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="training mode"):
+        castling_deploy.export(small("deit").train(), target="onnx", output=tmp_path)
+    with castling_deploy.open(exported) as model, pytest.raises(ShapeError):
+        model(np.zeros((0, 64, 64, 3), np.uint8))

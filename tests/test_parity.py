@@ -136,9 +136,10 @@ def report(*rungs: Rung, verdict: Verdict = Verdict.PASS) -> ParityReport:
     return ParityReport(Precision.FP32, 10, rungs, witnesses)
 
 
-def test_one_bad_rung_decides_and_the_cast_does_not() -> None:
+def test_one_bad_rung_decides_and_an_open_cast_does_not() -> None:
     good, cast = Rung("fold", 0, 1e-9, Verdict.PASS), Rung("cast", 1, None, Verdict.INCONCLUSIVE)
     assert report(cast, good).verdict is Verdict.PASS
+    assert report(Rung("cast", 1, None, Verdict.FAIL), good).verdict is Verdict.FAIL, "the cast harmed the task"
     assert report(cast, Rung("fold", 1, 1e-9, Verdict.FAIL)).verdict is Verdict.FAIL
     assert report(cast, good, verdict=Verdict.INCONCLUSIVE).verdict is Verdict.INCONCLUSIVE
     assert ParityReport(Precision.FP32, 0, (good,), ()).verdict is Verdict.INCONCLUSIVE
