@@ -83,7 +83,10 @@ def classify(model: Any, scores: str, label: str, probabilities: str, classes: S
 def distinct(labels: Sequence[str]) -> tuple[str, ...]:
     """The labels, those that occur more than once with their index: "crane (134)". A dictionary holds a key once."""
     occurs = Counter(labels)
-    return tuple(f"{label} ({index})" if occurs[label] > 1 else label for index, label in enumerate(labels))
+    while max(occurs.values(), default=1) > 1:  # again where a label looked like a numbered one
+        labels = [f"{label} ({index})" if occurs[label] > 1 else label for index, label in enumerate(labels)]
+        occurs = Counter(labels)
+    return tuple(labels)
 
 
 def _string(text: str) -> Any:
