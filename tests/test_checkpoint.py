@@ -43,7 +43,7 @@ CONTAINERS: dict[str, tuple[Any, tuple[str, ...]]] = {
     ),
     "timm prefers the average": (
         {"state_dict": {"wrong": torch.zeros(1)}, "state_dict_ema": TENSORS, "arch": "x", "metric": np.float64(3.0)},
-        ("container 'state_dict_ema'",),
+        ("container 'state_dict_ema', preferred to 'state_dict'",),
     ),
     "slowfast": ({"model_state": TENSORS, "cfg": "yaml"}, ("container 'model_state'",)),
     "ddp": (prefixed("module."), ("prefix 'module.'",)),
