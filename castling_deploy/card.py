@@ -19,13 +19,14 @@ class Stated:
     """Facts that shapes do not tell (`classes` they do: it has to agree); None where the file says nothing.
 
     `architecture` is a hub's word for the network, used as a name where there is no better one; `heads` counts only
-    for a network whose tensors do not tell (softmax DeiT).
+    for a network whose tensors do not tell (softmax DeiT); `layer_norm_eps` is compared with the family's.
     """
 
     name: str | None = None
     architecture: str | None = None
     classes: int | None = None
     heads: int | None = None
+    layer_norm_eps: float | None = None
     labels: tuple[str, ...] | None = None
     samples: str | None = None
     image_size: tuple[int, int] | None = None
@@ -45,6 +46,7 @@ def stated(entry: Any) -> Stated:
         "architecture": lambda value: isinstance(value, str) and NAME.fullmatch(value) is not None,
         "classes": lambda value: isinstance(value, int) and value > 0,
         "heads": lambda value: isinstance(value, int) and value > 0,
+        "layer_norm_eps": lambda value: _number(value) and value > 0,
         "labels": lambda value: isinstance(value, list) and all(isinstance(label, (str, int)) for label in value),
         "samples": lambda value: isinstance(value, str),
         "image_size": lambda value: _numbers(value, 2) and all(isinstance(side, int) and side > 0 for side in value),

@@ -80,6 +80,7 @@ def card_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "architecture": config.get("architecture"),
         "classes": config.get("num_classes", pretrained.get("num_classes")),
         "heads": heads if isinstance(heads, int) else None,
+        "layer_norm_eps": config.get("layer_norm_eps"),
         "image_size": [size, size] if isinstance(size, int) else size,
         "mean": pretrained.get("mean"),
         "std": pretrained.get("std"),

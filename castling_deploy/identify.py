@@ -103,7 +103,7 @@ def identify(
         peeled=checkpoint.peeled,
         loaded=in_file,
         dropped=checkpoint.dropped,
-        warnings=warnings,
+        warnings=(*warnings, *_other_eps(network, facts)),
     )
 
 
@@ -121,6 +121,14 @@ def _with_zero_dconv(checkpoint: Checkpoint, facts: Stated) -> tuple[Checkpoint,
         )
     warning = f"{added} token convolutions (dconv) were filled with zeros: a softmax network, never trained like this"
     return replace(checkpoint, tensors=tensors), (warning,)
+
+
+def _other_eps(network: nn.Module, facts: Stated) -> tuple[str, ...]:
+    """transformers' default is 1e-12, facebook's and timm's DeiT have 1e-6: no tensor tells."""
+    eps = {module.eps for module in network.modules() if isinstance(module, nn.LayerNorm)}
+    if facts.layer_norm_eps is None or eps <= {facts.layer_norm_eps}:
+        return ()
+    return (f"config.json says layer_norm_eps {facts.layer_norm_eps:g}, this network has {max(eps):g}",)
 
 
 def _load(family: ModelFamily, config: Any, tensors: Mapping[str, torch.Tensor], checkpoint: Checkpoint) -> nn.Module:

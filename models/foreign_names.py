@@ -100,41 +100,47 @@ TRANSFORMERS_DEIT = substituted(
 )
 
 
+TRANSFORMERS_LEVIT = substituted(
+    {
+        **{
+            rf"levit\.patch_embeddings\.embedding_layer_{number}\.{part}\.": f"patch_embed.{2 * number - 2}.{ours}."
+            for number in range(1, 5)
+            for part, ours in (("convolution", "c"), ("batch_norm", "bn"))
+        },
+        r"classifier_distill\.batch_norm\.": "head_dist.bn.",
+        r"classifier_distill\.linear\.": "head_dist.l.",
+        r"classifier\.batch_norm\.": "head.bn.",
+        r"classifier\.linear\.": "head.l.",
+    }
+)
+
+
 def transformers_levit(tensors: Tensors) -> Tensors:
-    """transformers' LeViT in facebook's names: layers are numbered per stage there, and through all stages here."""
-    layer = re.compile(r"levit\.encoder\.stages\.(\d+)\.layers\.(\d+)\.")
-    places = {tuple(map(int, found.groups())) for name in tensors if (found := layer.match(name))}
-    numbers = {place: number for number, place in enumerate(sorted(places))}
-    parts = substituted(
+    """transformers' LeViT in facebook's names: layers are numbered per stage there, and through all stages here.
+
+    A residual layer holds its content as `module`, which is no wrapper's, but may have been taken for one.
+    """
+    layer = re.compile(r"levit\.encoder\.stages\.(\d+)\.layers\.(\d+)\.(?:module\.)?")
+    places = {name: (int(found[1]), int(found[2])) for name in tensors if (found := layer.match(name))}
+    numbers = {place: number for number, place in enumerate(sorted(set(places.values())))}
+    downsampling = {place for name, place in places.items() if ".keys_values." in name}
+    inside = substituted(
         {
-            r"module\.queries_keys_values\.": "m.qkv.",
-            r"module\.projection\.": "m.proj.1.",
-            r"module\.linear_up\.": "m.0.",
-            r"module\.linear_down\.": "m.2.",
-            r"module\.": "m.",  # attention_biases, dconv
+            r"queries_keys_values\.": "qkv.",
+            r"projection\.": "proj.1.",
             r"keys_values\.": "kv.",
             r"queries\.": "q.1.",
-            r"projection\.": "proj.1.",
+            r"linear_up\.": "0.",
+            r"linear_down\.": "2.",
         }
     )
 
     def new_name(name: str) -> str:
-        if found := layer.match(name):
-            stage, index = map(int, found.groups())
-            name = f"blocks.{numbers[stage, index]}.{parts(name[found.end() :])}"
-        name = re.sub(
-            r"^levit\.patch_embeddings\.embedding_layer_(\d)\.convolution\.",
-            lambda found: f"patch_embed.{2 * int(found[1]) - 2}.c.",
-            name,
-        )
-        name = re.sub(
-            r"^levit\.patch_embeddings\.embedding_layer_(\d)\.batch_norm\.",
-            lambda found: f"patch_embed.{2 * int(found[1]) - 2}.bn.",
-            name,
-        )
-        name = re.sub(r"^classifier_distill\.", "head_dist.", re.sub(r"^classifier\.", "head.", name))
-        linear = "l" if name.startswith("head") else "c"
-        return name.replace(".batch_norm.", ".bn.").replace(".linear.", f".{linear}.")
+        if name not in places:
+            return TRANSFORMERS_LEVIT(name)
+        residual = "" if places[name] in downsampling else "m."
+        name = f"blocks.{numbers[places[name]]}.{residual}{inside(layer.sub('', name))}"
+        return name.replace(".batch_norm.", ".bn.").replace(".linear.", ".c.")
 
     return renamed(tensors, new_name)
 
