@@ -13,8 +13,8 @@ from castling_deploy.errors import CheckpointError
 # Where trainers put the weights, best first: an average of the weights is what its trainer evaluated. (mmengine and
 # Lightning put the average itself under `state_dict`, and what it was made of elsewhere.)
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model_state", "model")
-# Components that wrappers add, also in the middle of a name: DDP, torch.compile, FSDP, activation checkpointing.
-WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# Components that wrappers add, also in the middle of a name: DDP, torch.compile.
+WRAPPERS = ("module", "_orig_mod")
 # Attributes that hold the network inside a training module, taken off only where all names have them.
 ATTRIBUTES = ("model.", "net.", "backbone.", "encoder.")
 # Bookkeeping that is no weight.

@@ -110,23 +110,36 @@ def _is_plain_pickle(path: Path) -> bool:
     return first[1:] != [LEGACY_MAGIC]
 
 
-def _plain_pickle(path: Path) -> CheckpointError:
-    """Why a file of pickle.dump is not read, told from its opcodes; nothing of it is run."""
-    strings: list[str] = []
+def _imports_and_strings(path: Path) -> tuple[set[str], set[str]]:
+    """What a pickle would import and the strings it holds, told from its opcodes: nothing of it is run."""
     imports: set[str] = set()
+    strings: list[str] = []  # as they come onto the stack
+    memo: list[str] = []  # "" for what is no string
+    fresh = ""
     with open(path, "rb") as file:
-        try:
-            for opcode, argument, _ in pickletools.genops(file):
-                if opcode.name == "GLOBAL":
-                    imports.add(str(argument).replace(" ", "."))
-                elif opcode.name == "STACK_GLOBAL":
-                    imports.add(".".join(strings[-2:]))
-                elif "UNICODE" in opcode.name:
-                    strings.append(str(argument))
-        except ValueError as error:
-            return CheckpointError(
-                f"'{path}' is no complete pickle: {error}", hint="the file is damaged or cut short; copy it again"
-            )
+        for opcode, argument, _ in pickletools.genops(file):
+            if opcode.name == "MEMOIZE":
+                memo.append(fresh)
+            fresh = ""
+            if opcode.name == "GLOBAL":
+                imports.add(str(argument).replace(" ", "."))
+            elif opcode.name == "STACK_GLOBAL":  # takes the two strings on top
+                imports.add(".".join(strings[-2:]))
+            elif "UNICODE" in opcode.name:
+                strings.append(fresh := str(argument))
+            elif opcode.name in ("BINGET", "LONG_BINGET") and memo and memo[int(argument or 0)]:
+                strings.append(memo[int(argument or 0)])
+    return imports, set(strings)
+
+
+def _plain_pickle(path: Path) -> CheckpointError:
+    """Why a file of pickle.dump is not read."""
+    try:
+        imports, strings = _imports_and_strings(path)
+    except (ValueError, IndexError) as error:
+        return CheckpointError(
+            f"'{path}' is no complete pickle: {error}", hint="the file is damaged or cut short; copy it again"
+        )
     if not all(name.startswith(ARRAY_PICKLE) for name in imports):
         return _wants_to_run_code(path, sorted(imports))
     if path.suffix == ".pdparams" or "StructuredToParameterName@@" in strings:
@@ -134,7 +147,7 @@ def _plain_pickle(path: Path) -> CheckpointError:
             f"'{path}' is a Paddle file: a plain pickle, which is not read, with Paddle's names",
             hint="convert it with the model's PyTorch port and save model.state_dict() as safetensors",
         )
-    maker = "detectron2's" if {"matching_heuristics", "__author__"} & set(strings) else "a"
+    maker = "detectron2's" if {"matching_heuristics", "__author__"} & strings else "a"
     return CheckpointError(
         f"'{path}' is {maker} plain pickle of numpy arrays, which is not read",
         hint="where you trust its maker, pickle.load it and save {name: torch.from_numpy(array)} as safetensors",
