@@ -214,7 +214,7 @@ QUERY = re.compile(r"^(.*\battn\.)(q|to_q|q_proj)\.(weight|bias)$")
 def stacked(tensors: Tensors) -> Tensors:
     """Separate projections q, k and v as one, `qkv`, in this order of rows.
 
-    Raises CheckpointError where a query has no key or value.
+    Raises CheckpointError where a query has no key or value, or stands beside a qkv.
     """
     found = dict(tensors)
     for name in tensors:
@@ -225,6 +225,11 @@ def stacked(tensors: Tensors) -> Tensors:
             if missing:
                 raise CheckpointError(
                     f"the checkpoint has '{name}' but no '{missing[0]}'", hint="castling needs separate q, k and v"
+                )
+            if f"{place}qkv.{kind}" in tensors:
+                raise CheckpointError(
+                    f"the checkpoint has both '{name}' and '{place}qkv.{kind}'",
+                    hint="save one network's state_dict() alone",
                 )
             found[f"{place}qkv.{kind}"] = torch.cat([found.pop(part) for part in names])
     return found

@@ -237,6 +237,10 @@ REFUSED: dict[str, tuple[Callable[[], Tensors], str]] = {
         lambda: without(unstacked(DEIT.state_dict()), "0.attn.k.weight"),
         r"'blocks.0.attn.q.weight' but no 'blocks.0.attn.k.weight'",
     ),
+    "queries beside stacked ones": (
+        lambda: {**DEIT.state_dict(), **unstacked(DEIT.state_dict())},
+        r"both 'blocks.0.attn.q.weight' and 'blocks.0.attn.qkv.weight'",
+    ),
     "two networks in one": (
         lambda: {**facebook_levit(LEVIT.state_dict()), "stem.conv1.linear.weight": torch.ones(1)},
         "'stem.conv1.linear.weight' twice",
