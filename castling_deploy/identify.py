@@ -31,6 +31,8 @@ class ModelCard:
 
     name: str
     family: str
+    task: str
+    outputs: tuple[str, ...]
     reference: str
     config: Any
     preprocessing: Preprocessing
@@ -41,6 +43,7 @@ class ModelCard:
     peeled: tuple[str, ...]
     loaded: int
     dropped: tuple[str, ...]
+    already_cast: bool = False
     warnings: tuple[str, ...] = ()
 
 
@@ -93,6 +96,8 @@ def identify(
     return network, ModelCard(
         name=name,
         family=family.name,
+        task=family.task,
+        outputs=tuple(output.name for output in family.outputs(config)),
         reference=family.reference,
         config=config,
         preprocessing=_preprocessing(facts, config),

@@ -100,6 +100,9 @@ class TensorRTTarget:
             return Witness(f"{module} {version(module)}", WitnessKind.DEVICE)
         return Witness(f"onnxruntime {version('onnxruntime')}{REMARK}", WitnessKind.REFERENCE)
 
+    def refuse(self, options: TensorRTOptions, batch_size: int) -> None:
+        pass  # every batch can be fixed
+
     def export(self, network: Network, precision: Precision, options: TensorRTOptions, folder: Path) -> Artifact:
         model = to_onnx.onnx_model(network, precision, options.opset)
         to_onnx.write(model, folder / to_onnx.FILE)

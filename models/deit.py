@@ -16,7 +16,16 @@ from torch import nn
 from castling_deploy.errors import CheckpointError, FoldError, ShapeError
 from castling_deploy.fold import affine_before, layernorm_affine, mean_of_each, without_affine
 from castling_deploy.models.attention import FoldedAttention, LinearAngularAttention
-from castling_deploy.models.family import OFFICIAL_THRESHOLD, Size, Tensors, count, interpolated, native_size, tensor
+from castling_deploy.models.family import (
+    OFFICIAL_THRESHOLD,
+    Output,
+    Size,
+    Tensors,
+    count,
+    interpolated,
+    native_size,
+    tensor,
+)
 from castling_deploy.models.layers import Mlp
 
 
@@ -185,6 +194,7 @@ class DeiTFamily:
 
     name = "castling-deit"
     title = "Castling-DeiT"
+    task = "classification"
     reference = "arXiv:2211.10526; DeiT: arXiv:2012.12877"
     variants = _variants()
 
@@ -212,6 +222,9 @@ class DeiTFamily:
             kernel=dconv.shape[2],
             aux_threshold=aux_threshold,
         )
+
+    def outputs(self, config: DeiTConfig) -> tuple[Output, ...]:
+        return (Output("logits", (config.classes,), "C"),)
 
     def build(self, config: DeiTConfig) -> nn.Module:
         return CastlingDeiT(config)

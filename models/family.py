@@ -10,6 +10,7 @@ import importlib
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,15 @@ Size = tuple[int, int]
 OFFICIAL_THRESHOLD = 0.02  # of the auxiliary branch's mask, in GATECH-EIC/Castling-ViT attention.py
 
 
+@dataclass(frozen=True)
+class Output:
+    """An output of a network: name, shape without the batch, axis letters."""
+
+    name: str
+    shape: tuple[int, ...]
+    layout: str
+
+
 class ModelFamily(Protocol):
     """How to recognise, build and resize the networks of one family.
 
@@ -33,6 +43,7 @@ class ModelFamily(Protocol):
 
     name: str
     title: str
+    task: str
     reference: str
     variants: Mapping[str, Any]
 
@@ -45,6 +56,9 @@ class ModelFamily(Protocol):
 
     def build(self, config: Any) -> nn.Module:
         """The network in training form, with fresh weights; `strict` loading of the family's tensors succeeds."""
+
+    def outputs(self, config: Any) -> tuple[Output, ...]:
+        """What the network returns, in order; their meaning is that of `task` (castling_deploy.task)."""
 
     def resized(self, tensors: Tensors, config: Any, image_size: Size) -> tuple[Tensors, Any]:
         """The same network for another input size: tensors that depend on it interpolated, and the new config."""

@@ -28,7 +28,16 @@ from castling_deploy.models.attention import (
     split_heads,
     token_conv,
 )
-from castling_deploy.models.family import OFFICIAL_THRESHOLD, Size, Tensors, count, interpolated, native_size, tensor
+from castling_deploy.models.family import (
+    OFFICIAL_THRESHOLD,
+    Output,
+    Size,
+    Tensors,
+    count,
+    interpolated,
+    native_size,
+    tensor,
+)
 from castling_deploy.models.layers import ConvNorm, LinearNorm, NormLinear
 from castling_deploy.rewrite import copied
 
@@ -323,6 +332,7 @@ class LeViTFamily:
 
     name = "castling-levit"
     title = "Castling-LeViT"
+    task = "classification"
     reference = "arXiv:2211.10526; LeViT: arXiv:2104.01136"
     variants = VARIANTS
 
@@ -349,6 +359,9 @@ class LeViTFamily:
             kernel=dconv[0].shape[2],
             aux_threshold=aux_threshold,
         )
+
+    def outputs(self, config: LeViTConfig) -> tuple[Output, ...]:
+        return (Output("logits", (config.classes,), "C"),)
 
     def build(self, config: LeViTConfig) -> nn.Module:
         return CastlingLeViT(config)
