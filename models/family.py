@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -91,14 +92,40 @@ def family_of(tensors: Tensors) -> ModelFamily:
                 raise CheckpointError(
                     f"this is a softmax network with the names of {family.title}: it has no 'attn.dconv.weight'",
                     hint="only networks trained with linear-angular attention can be castled; "
-                    "a fresh dconv would be an untrained network",
+                    "for experiments, --init-dconv zero adds an untrained one",
                 )
             return family
     some = ", ".join(list(tensors)[:3])
-    raise CheckpointError(
-        f"no Castling network has tensors like these ({len(tensors)} of them: {some}, ...)",
-        hint=f"known families: {', '.join(FAMILIES)}",
-    )
+    closest, missing = closest_family(tensors)
+    message = f"no Castling network has tensors like these ({len(tensors)} of them: {some}, ...)"
+    if closest is not None:
+        more = ", ..." if len(missing) > 3 else ""
+        message += f"; the closest, {closest.title}, also has {', '.join(missing[:3])}{more}"
+    raise CheckpointError(message, hint=f"known families: {', '.join(FAMILIES)}")
+
+
+def closest_family(tensors: Tensors) -> tuple[ModelFamily | None, tuple[str, ...]]:
+    """The family with most of its tensor names among these, and those that are missing; None where it has none.
+
+    Names are compared with their numbers left out, so that depths do not count.
+    """
+
+    def pattern(name: str) -> str:
+        return re.sub(r"\d+", "#", name)
+
+    present = {pattern(name) for name in tensors}
+    best: tuple[float, ModelFamily | None, tuple[str, ...]] = (0.0, None, ())
+    for family in families():
+        with torch.device("meta"):
+            names = list(family.build(next(iter(family.variants.values()))).state_dict())
+        wanted = {pattern(name): name for name in reversed(names) if not name.endswith("num_batches_tracked")}
+        share = len(wanted.keys() & present) / len(wanted)
+        if share > best[0]:
+            missing = tuple(
+                name for name in names if wanted.get(pattern(name)) == name and pattern(name) not in present
+            )
+            best = share, family, missing
+    return best[1:]
 
 
 def native_size(tokens: int, stride: int, stated: Size | None) -> Size:
