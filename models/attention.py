@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 import torch
@@ -53,56 +54,73 @@ def value_scale(tokens: int) -> float:
     return 2.0 ** math.floor(-0.5 * math.log2(tokens))
 
 
-def linear_angular(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """v / 2 + (1 / pi) q^ (k^^T v), the linear terms of the angular kernel (arXiv:2211.10526, section 3.2).
+def linear_angular(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:
+    """own / 2 + (1 / pi) q^ (k^^T v), the linear terms of the angular kernel (arXiv:2211.10526, section 3.2).
 
-    Shape: q, k (B, H, N, D) and v (B, H, N, E) -> (B, H, N, E). Linear in the number of tokens N.
+    `own` are the values of the querying tokens: v itself, unless only some tokens ask. Linear in the number of tokens.
+    Shape: q (B, H, N', D), k (B, H, N, D), v (B, H, N, E), own (B, H, N', E) -> (B, H, N', E).
     """
     state = unit(k).transpose(-2, -1) @ v  # (B, H, D, E)
-    return 0.5 * v + (1 / math.pi) * (unit(q) @ state)
+    return 0.5 * (v if own is None else own) + (1 / math.pi) * (unit(q) @ state)
 
 
 def masked_softmax(logits: torch.Tensor, threshold: float) -> torch.Tensor:
     """The auxiliary branch's weights (section 3.3): softmax, entries up to the threshold zeroed, not renormalised."""
-    weights = logits.softmax(-1)  # (B, H, N, N)
+    weights = logits.softmax(-1)  # (B, H, N', N)
     return weights * (weights > threshold)
 
 
-class SplitAttention(Protocol):
-    """What the attentions of all families have in common: how x becomes q, k, v, and the branch's logits.
+# Which tokens ask: (B, H, N, E) -> (B, H, N', E).
+Selection = Callable[[torch.Tensor], torch.Tensor]
 
-    `aux_threshold` is None once the auxiliary branch is cast away.
+
+def all_tokens(x: torch.Tensor) -> torch.Tensor:
+    """Every token asks."""
+    return x
+
+
+class Attention(Protocol):
+    """What the attentions of all families have in common once x has become q, k and v.
+
+    `dconv` is None in a softmax baseline, `aux_threshold` there and once the auxiliary branch is cast away.
     """
 
     aux_threshold: float | None
-    dconv: nn.Conv2d
 
-    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x (B, N, C) -> q, k (B, H, N, D) and v (B, H, N, E)."""
+    @property
+    def dconv(self) -> nn.Conv2d | None:
+        """The token convolution."""
 
     def logits(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        """The auxiliary branch's logits (B, H, N, N)."""
+        """Those of the softmax: q (B, H, N', D), k (B, H, N, D) -> (B, H, N', N)."""
 
 
-def attend(attention: SplitAttention, x: torch.Tensor) -> torch.Tensor:
-    """N(v / 2 + q^ (k^^T v) / pi + P v) + dconv(v), heads side by side: x (B, N, C) -> (B, N, H * E)."""
-    q, k, v = attention.split(x)
-    core = linear_angular(q, k, v)
+def attend(
+    attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asking: Selection = all_tokens
+) -> torch.Tensor:
+    """N(v / 2 + q^ (k^^T v) / pi + P v) + dconv(v); in a softmax baseline softmax(logits) v.
+
+    Shape: q (B, H, N', D), k (B, H, N, D), v (B, H, N, E) -> (B, H, N', E).
+    """
+    if attention.dconv is None:
+        return attention.logits(q, k).softmax(-1) @ v
+    core = linear_angular(q, k, v, asking(v))
     if attention.aux_threshold is not None:
         core = core + masked_softmax(attention.logits(q, k), attention.aux_threshold) @ v
-    return join_heads(unit(core) + attention.dconv(v))
+    return unit(core) + asking(attention.dconv(v))
 
 
-def branch_evidence(attention: SplitAttention, x: torch.Tensor) -> CastEvidence | None:
-    """What casting the branch of this attention away loses on x (B, N, C); None where there is none."""
+def branch_evidence(
+    attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asking: Selection = all_tokens
+) -> CastEvidence | None:
+    """What casting the branch of this attention away loses; None where there is none. Shapes as in `attend`."""
     threshold = attention.aux_threshold
     if threshold is None:
         return None
-    q, k, v = attention.split(x)
     logits = attention.logits(q, k)
     weights = masked_softmax(logits, threshold)
-    lost = (weights @ v).norm(dim=-1)  # (B, H, N)
-    kept = linear_angular(q, k, v).norm(dim=-1).clamp_min(NORM_FLOOR)
+    lost = (weights @ v).norm(dim=-1)  # (B, H, N')
+    kept = linear_angular(q, k, v, asking(v)).norm(dim=-1).clamp_min(NORM_FLOOR)
     return CastEvidence(
         tokens=logits.shape[-1],
         threshold=threshold,
@@ -111,6 +129,12 @@ def branch_evidence(attention: SplitAttention, x: torch.Tensor) -> CastEvidence 
         contribution=(lost.square().mean() / kept.square().mean()).sqrt().item(),
         contribution_max=(lost / kept).max().item(),
     )
+
+
+def cast_before_fold(attention: Attention) -> None:
+    """Raises FoldError while the auxiliary branch is there: the folded forms have none."""
+    if attention.aux_threshold is not None:
+        raise FoldError("an auxiliary branch is still there", hint="call castle() before fold()")
 
 
 class LinearAngularAttention(nn.Module):
@@ -158,10 +182,10 @@ class LinearAngularAttention(nn.Module):
         return q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(attend(self, x))
+        return self.proj(join_heads(attend(self, *self.split(x))))
 
     def cast_evidence(self, x: torch.Tensor) -> CastEvidence | None:
-        return branch_evidence(self, x)
+        return branch_evidence(self, *self.split(x))
 
     def castled(self) -> nn.Module:
         twin = copied(self)
@@ -170,8 +194,7 @@ class LinearAngularAttention(nn.Module):
         return twin
 
     def folded(self) -> nn.Module:
-        if self.aux_threshold is not None:
-            raise FoldError("an auxiliary branch is still there", hint="call castle() before fold()")
+        cast_before_fold(self)
         q, k, v = torch.arange(self.qkv.out_features).chunk(3)
         return FoldedAttention(
             rows(self.qkv, q),
@@ -184,18 +207,27 @@ class LinearAngularAttention(nn.Module):
         )
 
 
-class FoldedAttention(nn.Module):
-    """The castled attention as it is exported, the same function with fewer and better conditioned operations.
+def folded_attend(
+    q: torch.Tensor, k: torch.Tensor, u: torch.Tensor, dconv: nn.Conv2d, asking: Selection = all_tokens
+) -> torch.Tensor:
+    """What `attend` computes of v = u / c after the cast, with fewer and better conditioned operations.
 
-    The last normalisation is blind to a positive factor, so v / 2 + q^ S / pi may be scaled by 2 c: with u = c v
-    (folded into the value's weights; dconv takes 1 / c back),
+    The last normalisation is blind to a positive factor, so v / 2 + q^ S / pi may be scaled by 2 c: with u = c v and
+    a dconv that takes 1 / c back,
 
-        y = N(u + q^ ((2 / pi) k^^T u)) + dconv'(u)            (rules 11, 12 and 17 of docs/folds.md)
+        y = N(u + q^ ((2 / pi) k^^T u)) + dconv(u)             (rules 11, 12 and 17 of docs/folds.md)
 
     Without c the square sum of N(.) passes float16's 65504 at 197 tokens. `value_scale` says what c is.
-    Queries, keys and values are separate Linears.
+    """
+    state = unit(k, EXPORT_NORM_FLOOR).transpose(-2, -1) @ u * (2 / math.pi)  # (B, H, D, E)
+    core = asking(u) + unit(q, EXPORT_NORM_FLOOR) @ state  # (B, H, N', E)
+    return unit(core, EXPORT_NORM_FLOOR) + asking(dconv(u))
 
-    Shape: (B, N, C) -> (B, N, C_out), C_out being the output's.
+
+class FoldedAttention(nn.Module):
+    """The castled attention as it is exported: `folded_attend` between separate Linears.
+
+    `asking` picks the tokens that ask, from (..., N, C). Shape: (B, N, C) -> (B, N', C_out), C_out being the output's.
     """
 
     def __init__(
@@ -208,6 +240,7 @@ class FoldedAttention(nn.Module):
         *,
         heads: int,
         tokens: int | None,
+        asking: nn.Module | None = None,
     ) -> None:
         super().__init__()
         factor = 1.0 if tokens is None else value_scale(tokens)
@@ -215,13 +248,12 @@ class FoldedAttention(nn.Module):
         self.query, self.key, self.value = query, key, scaled(value, factor)
         self.dconv = scaled(dconv, 1 / factor)
         self.output = output
+        self.asking = asking or nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q = unit(split_heads(self.query(x), self.heads), EXPORT_NORM_FLOOR)
-        k = unit(split_heads(self.key(x), self.heads), EXPORT_NORM_FLOOR)
-        u = split_heads(self.value(x), self.heads)
-        core = u + q @ (k.transpose(-2, -1) @ u * (2 / math.pi))  # (B, H, N, E)
-        return self.output(join_heads(unit(core, EXPORT_NORM_FLOOR) + self.dconv(u)))
+        q = split_heads(self.query(self.asking(x)), self.heads)
+        k, u = split_heads(self.key(x), self.heads), split_heads(self.value(x), self.heads)
+        return self.output(join_heads(folded_attend(q, k, u, self.dconv, self.asking)))
 
     def after(self, affine: Affine) -> FoldedAttention:
         """The attention whose input was scaled and shifted per channel before (rule 7): q, k and v all take it."""
@@ -233,4 +265,5 @@ class FoldedAttention(nn.Module):
             self.output,
             heads=self.heads,
             tokens=None,
+            asking=self.asking,
         )

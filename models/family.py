@@ -52,6 +52,7 @@ class ModelFamily(Protocol):
 FAMILIES: Mapping[str, str] = {
     "castling-deit": "castling_deploy.models.deit:DeiTFamily",
     "castling-levit": "castling_deploy.models.levit:LeViTFamily",
+    "castling-mvitv2": "castling_deploy.models.mvit:MViTv2Family",
 }
 
 

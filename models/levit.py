@@ -18,12 +18,13 @@ import torch
 from torch import nn
 
 from castling_deploy.castle import CastEvidence
-from castling_deploy.errors import FoldError, ShapeError
+from castling_deploy.errors import ShapeError
 from castling_deploy.fold import mean_of, rows, scaled
 from castling_deploy.models.attention import (
     FoldedAttention,
     attend,
     branch_evidence,
+    cast_before_fold,
     join_heads,
     split_heads,
     token_conv,
@@ -120,10 +121,10 @@ class Attention(nn.Module):
         return q @ k.transpose(-2, -1) * self.key_dim**-0.5 + self.attention_biases[:, self.index]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(attend(self, x))
+        return self.proj(join_heads(attend(self, *self.split(x))))
 
     def cast_evidence(self, x: torch.Tensor) -> CastEvidence | None:
-        return branch_evidence(self, x)
+        return branch_evidence(self, *self.split(x))
 
     def castled(self) -> nn.Module:
         twin = copied(self)
@@ -132,8 +133,7 @@ class Attention(nn.Module):
         return twin
 
     def folded(self) -> nn.Module:
-        if self.aux_threshold is not None:
-            raise FoldError("an auxiliary branch is still there", hint="call castle() before fold()")
+        cast_before_fold(self)
         assert isinstance(self.qkv, nn.Linear)
         index = torch.arange(self.qkv.out_features).view(self.heads, -1)  # (H, 4 D)
         q, k, v = index.split([self.key_dim, self.key_dim, 2 * self.key_dim], dim=1)

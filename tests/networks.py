@@ -7,16 +7,21 @@ from torch import nn
 
 from castling_deploy.models.deit import CastlingDeiT, DeiTConfig
 from castling_deploy.models.levit import CastlingLeViT, LeViTConfig
+from castling_deploy.models.mvit import CastlingMViTv2, MViTv2Config
 
 SMALL_DEIT = DeiTConfig(width=32, heads=2, depth=2, hidden=64, image_size=(32, 32), patch=8, classes=10)
 SMALL_DISTILLED = DeiTConfig(
     width=32, heads=2, depth=2, hidden=64, image_size=(32, 48), patch=8, classes=10, distilled=True
 )
 SMALL_LEVIT = LeViTConfig(widths=(32, 48, 64), heads=(2, 3, 4), depths=(1, 1, 1), image_size=(64, 64), classes=10)
+SMALL_MVIT = MViTv2Config(
+    widths=(16, 32, 64, 128), heads=(1, 2, 4, 8), depths=(1, 1, 2, 1), image_size=(64, 96), classes=10
+)
 SMALL = {
     "deit": (CastlingDeiT, SMALL_DEIT),
     "deit-distilled": (CastlingDeiT, SMALL_DISTILLED),
     "levit": (CastlingLeViT, SMALL_LEVIT),
+    "mvit": (CastlingMViTv2, SMALL_MVIT),
 }
 
 

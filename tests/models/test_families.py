@@ -6,14 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import SMALL, SMALL_DISTILLED, SMALL_LEVIT, conditioned, small
+from networks import SMALL, SMALL_DISTILLED, SMALL_LEVIT, SMALL_MVIT, conditioned, small
 
 from castling_deploy.castle import castle
 from castling_deploy.errors import CheckpointError, ShapeError, UsageError
 from castling_deploy.inspection import _stage
+from castling_deploy.models.attention import linear_angular, unit
 from castling_deploy.models.deit import CastlingDeiT, DeiTConfig, DeiTFamily
 from castling_deploy.models.family import families, family_named, family_of
 from castling_deploy.models.levit import LeViTConfig, LeViTFamily, every_second, offset_index
+from castling_deploy.models.mvit import MViTv2Config, MViTv2Family, distance_index, place_of
 
 # Softmax networks as published, plus heads * 9 weights of the token convolution per block.
 PARAMETERS = {
@@ -28,9 +30,19 @@ PARAMETERS = {
     "castling-levit-192": 10_947_069 + 504,
     "castling-levit-256": 18_893_876 + 648,
     "castling-levit-384": 39_128_836 + 972,
+    "castling-mvitv2-tiny": 24_173_320 + 369,
+    "castling-mvitv2-small": 34_870_216 + 585,
+    "castling-mvitv2-base": 51_472_744 + 864,
 }
 # Multiply-accumulates of the cast network at 224 pixels, in millions.
-MACS = {"castling-deit-tiny": 1137, "castling-deit-tiny-distilled": 1143, "castling-levit-128s": 291.3}
+MACS = {
+    "castling-deit-tiny": 1137,
+    "castling-deit-tiny-distilled": 1143,
+    "castling-levit-128s": 291.3,
+    "castling-mvitv2-tiny": 4190,
+    "castling-mvitv2-small": 6370,
+    "castling-mvitv2-base": 9340,
+}
 VARIANTS = {name: (family, config) for family in families() for name, config in family.variants.items()}
 
 
@@ -49,8 +61,17 @@ def test_every_variant_has_a_published_parameter_count() -> None:
 @pytest.mark.parametrize("name", MACS)
 def test_macs_of_the_cast_network_are_those_of_the_specification(name: str) -> None:
     family, config = VARIANTS[name]
-    macs = _stage(castle(family.build(config).eval()), (1, 3, 224, 224)).macs / 1e6
+    with torch.device("meta"):
+        macs = _stage(castle(family.build(config).eval()), (1, 3, 224, 224)).macs / 1e6
     assert macs == pytest.approx(MACS[name], rel=2e-3)
+
+
+@pytest.mark.parametrize("name, parameters", [("tiny", 24_092_281), ("small", 34_758_289), ("base", 51_300_808)])
+def test_the_cast_takes_the_relative_positions_off_mvit(name: str, parameters: int) -> None:
+    family, config = VARIANTS[f"castling-mvitv2-{name}"]
+    with torch.device("meta"):
+        castled = castle(family.build(config))
+    assert sum(parameter.numel() for parameter in castled.parameters()) == parameters
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -125,6 +146,49 @@ def test_distilled_eval_output_is_the_mean_of_two_heads_and_training_returns_bot
         assert isinstance(network.train()(x), tuple)
 
 
+def test_mvit_has_the_names_of_timm_and_its_relative_positions_belong_to_the_branch() -> None:
+    network = small("mvit")
+    names = {name for name in network.state_dict() if name.startswith("stages.1.blocks.0.")}
+    weighted = ("norm1", "norm2", "attn.qkv", "attn.proj", "attn.norm_q", "attn.norm_k", "attn.norm_v")
+    positions = {f"attn.rel_pos_{axis}" for axis in "hw"}
+    assert {name.removeprefix("stages.1.blocks.0.") for name in names} == {
+        *(f"{layer}.{kind}" for layer in (*weighted, "mlp.fc1", "mlp.fc2") for kind in ("weight", "bias")),
+        "shortcut_proj_attn.weight",
+        "shortcut_proj_attn.bias",
+        *(f"attn.{layer}.weight" for layer in ("pool_q", "pool_k", "pool_v", "dconv")),
+        *positions,
+    }
+    dropped = network.state_dict().keys() - castle(network).state_dict().keys()
+    assert dropped == {
+        f"stages.{s}.blocks.{b}.{name}" for s in range(4) for b in range(1 + (s == 2)) for name in positions
+    }
+
+
+def test_mvit_counts_distances_on_the_finest_grid_of_the_original() -> None:
+    assert distance_index(2, 2, 4).tolist() == [[2, 0], [4, 2]], "two of four tokens are two apart"
+    assert distance_index(2, 4, 4).tolist() == [[3, 2, 1, 0], [5, 4, 3, 2]]
+    config = MViTv2Config()
+    tables = [place_of(config, stage, block).table[0] for stage in range(4) for block in range(2)]
+    assert tables == [56, 56, 28, 28, 28, 14, 14, 7]
+    assert [place_of(config, stage, 0).pooled for stage in range(4)] == [(56, 56), (28, 28), (14, 14), (7, 7)]
+
+
+def test_mvit_adds_the_pooled_queries_after_the_normalisation() -> None:
+    attention = castle(small("mvit")).get_submodule("stages.1.blocks.0.attn")
+    x = torch.randn(2, 16 * 24, 16)
+    q, k, v = attention.split(x)  # type: ignore[operator]
+    assert q.shape == k.shape == v.shape == (2, 2, 8 * 12, 16)
+    y = unit(linear_angular(q, k, v)) + attention.dconv(v) + q  # type: ignore[operator]
+    torch.testing.assert_close(attention(x), attention.proj(y.transpose(1, 2).flatten(2)))  # type: ignore[operator]
+
+
+def test_mvit_without_relative_positions_is_read_too() -> None:
+    config = replace(SMALL_MVIT, positions=False)
+    tensors = conditioned(MViTv2Family().build(config)).state_dict()
+    assert not any("rel_pos" in name for name in tensors)
+    assert MViTv2Family().config_of(tensors, (64, 96), config.aux_threshold) == config
+
+
 def test_levit_offsets_are_row_major_absolute_differences() -> None:
     index = offset_index((2, 3))
     assert index.tolist()[0] == [0, 1, 2, 3, 4, 5]
@@ -134,7 +198,7 @@ def test_levit_offsets_are_row_major_absolute_differences() -> None:
     assert every_second(grid, (3, 3)).flatten().tolist() == [0, 2, 6, 8]
 
 
-@pytest.mark.parametrize("size", [(48, 48), (64, 96), (80, 32)])
+@pytest.mark.parametrize("size", [(32, 32), (64, 96), (96, 32)])
 @pytest.mark.parametrize("name", SMALL)
 def test_networks_run_at_other_sizes_after_resizing_their_tables(name: str, size: tuple[int, int]) -> None:
     network = small(name)
@@ -186,6 +250,8 @@ def test_unknown_family_gets_a_suggestion() -> None:
     [
         (lambda: DeiTConfig(image_size=(225, 224)), "225 x 224"),
         (lambda: LeViTConfig(image_size=(8, 224)), "8 x 224"),
+        (lambda: MViTv2Config(image_size=(224, 240)), "224 x 240"),
+        (lambda: MViTv2Config(heads=(1, 5, 4, 8)), "5, 4, 8"),
         (lambda: LeViTConfig(widths=(100, 256, 384)), "key dimension"),
     ],
 )
