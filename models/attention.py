@@ -267,3 +267,36 @@ class FoldedAttention(nn.Module):
             tokens=None,
             asking=self.asking,
         )
+
+
+class FoldedSoftmaxAttention(nn.Module):
+    """Softmax attention as it is exported, the logits' scale in the query's weights (rule 22).
+
+    `bias`, if any, is added to the logits (H, N', N); `asking` picks the tokens that ask, from (..., N, C).
+    Shape: (B, N, C) -> (B, N', C_out), C_out being the output's.
+    """
+
+    def __init__(
+        self,
+        query: nn.Linear,
+        key: nn.Linear,
+        value: nn.Linear,
+        output: nn.Module,
+        *,
+        heads: int,
+        bias: torch.Tensor | None = None,
+        asking: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.output = query, key, value, output
+        self.bias = None if bias is None else nn.Buffer(bias)
+        self.asking = asking or nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = split_heads(self.query(self.asking(x)), self.heads)
+        k, v = split_heads(self.key(x), self.heads), split_heads(self.value(x), self.heads)
+        logits = q @ k.transpose(-2, -1)  # (B, H, N', N)
+        if self.bias is not None:
+            logits = logits + self.bias
+        return self.output(join_heads(logits.softmax(-1) @ v))

@@ -3,7 +3,7 @@
 State-dict names are those of timm's LeViT; the attention adds `attn.dconv.weight`. The attention biases of a block
 enter the logits of the auxiliary branch only, so the cast drops them. How Castling treats LeViT's downsampling
 attention is not published: here it keeps its softmax, because the identity and the token convolution of linear-angular
-attention need as many queries as keys.
+attention are defined for as many queries as keys. As an option (`down="linear"`) both are taken at the queries.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from castling_deploy.errors import ShapeError
 from castling_deploy.fold import mean_of, rows, scaled
 from castling_deploy.models.attention import (
     FoldedAttention,
+    FoldedSoftmaxAttention,
     attend,
     branch_evidence,
     cast_before_fold,
@@ -41,7 +42,7 @@ class LeViTConfig:
     """Hyper-parameters; the defaults are Castling-LeViT-128S's.
 
     One entry per stage in `widths` (C), `heads` and `depths`; `key_dim` is D, values have 2 D channels per head (4 D
-    in the downsampling attention, which has C_in / D heads).
+    in the downsampling attention, which has C_in / D heads). `down` is the kind of that attention.
     """
 
     widths: tuple[int, ...] = (128, 256, 384)
@@ -54,6 +55,7 @@ class LeViTConfig:
     classes: int = 1000
     kernel: int = 9
     aux_threshold: float = OFFICIAL_THRESHOLD
+    down: Literal["softmax", "linear"] = "softmax"
 
     @property
     def grids(self) -> tuple[Size, ...]:
@@ -86,6 +88,17 @@ def offset_index(grid: Size, stride: int = 1) -> torch.Tensor:
     dx = (xs[::stride, None] - xs[None]).abs()  # (w_q, w)
     index = dy[:, None, :, None] * grid[1] + dx[None, :, None, :]  # (h_q, w_q, h, w)
     return index.flatten(2).flatten(0, 1)
+
+
+class EverySecond(nn.Module):
+    """Tokens at [::2, ::2] of the grid: (..., h * w, C) -> (..., ceil(h / 2) * ceil(w / 2), C)."""
+
+    def __init__(self, grid: Size) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-2, self.grid)[..., ::2, ::2, :].flatten(-3, -2)
 
 
 class Attention(nn.Module):
@@ -149,73 +162,69 @@ class Attention(nn.Module):
 
 
 class AttentionDownsample(nn.Module):
-    """LeViT's downsampling: softmax attention whose queries are every second token of every second row.
+    """LeViT's downsampling: only every second token of every second row asks.
 
+    Softmax attention as in LeViT, or (`down="linear"`) linear-angular attention: the identity and the token
+    convolution are then taken at the tokens that ask, and the attention biases belong to the auxiliary branch.
     The rows of `kv` are, per head, [k D | v 4 D]. Shape: (B, N, C_in) -> (B, ceil(h / 2) * ceil(w / 2), C_out).
     """
 
-    fold_rule: ClassVar[str] = "softmax scale into the queries; bias table gathered once"
-
-    def __init__(self, width_in: int, width_out: int, key_dim: int, grid: Size) -> None:
+    def __init__(self, width_in: int, width_out: int, config: LeViTConfig, grid: Size) -> None:
         super().__init__()
+        key_dim, linear = config.key_dim, config.down == "linear"
         heads = width_in // key_dim
-        self.heads, self.key_dim, self.grid = heads, key_dim, grid
+        self.heads, self.key_dim, self.tokens = heads, key_dim, math.prod(grid)
         self.kv = LinearNorm(width_in, heads * 5 * key_dim)
+        self.asking = EverySecond(grid)
         self.q = nn.Sequential(OrderedDict(ln=LinearNorm(width_in, heads * key_dim)))
         self.proj = nn.Sequential(OrderedDict(act=nn.Hardswish(), ln=LinearNorm(heads * 4 * key_dim, width_out)))
-        self.attention_biases = nn.Parameter(torch.zeros(heads, math.prod(grid)))
-        self.index = nn.Buffer(offset_index(grid, stride=2), persistent=False)
+        self.dconv = token_conv(heads, config.kernel) if linear else None
+        self.aux_threshold = config.aux_threshold if linear else None
+        self.attention_biases: nn.Parameter | None = nn.Parameter(torch.zeros(heads, self.tokens))
+        self.index: torch.Tensor | None = nn.Buffer(offset_index(grid, stride=2), persistent=False)
+
+    @property
+    def fold_rule(self) -> str:
+        return Attention.fold_rule if self.dconv is not None else "softmax scale into the queries; bias table gathered"
+
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (B, N, C_in) -> q (B, H, N', D), k (B, H, N, D), v (B, H, N, 4 D)."""
+        k, v = split_heads(self.kv(x), self.heads).split([self.key_dim, 4 * self.key_dim], dim=-1)
+        return split_heads(self.q(self.asking(x)), self.heads), k, v
+
+    def logits(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """Those of the softmax (B, H, N', N), with the attention biases."""
+        assert self.attention_biases is not None and self.index is not None
+        return q @ k.transpose(-2, -1) * self.key_dim**-0.5 + self.attention_biases[:, self.index]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        k, v = split_heads(self.kv(x), self.heads).split([self.key_dim, 4 * self.key_dim], dim=-1)
-        q = split_heads(self.q(every_second(x, self.grid)), self.heads)  # (B, H, N', D)
-        logits = q @ k.transpose(-2, -1) * self.key_dim**-0.5 + self.attention_biases[:, self.index]
-        return self.proj(join_heads(logits.softmax(-1) @ v))
+        return self.proj(join_heads(attend(self, *self.split(x), self.asking)))
+
+    def cast_evidence(self, x: torch.Tensor) -> CastEvidence | None:
+        return branch_evidence(self, *self.split(x), self.asking)
+
+    def castled(self) -> nn.Module:
+        twin = copied(self)
+        assert isinstance(twin, AttentionDownsample)
+        if twin.dconv is not None:
+            twin.aux_threshold = twin.attention_biases = twin.index = None
+        return twin
 
     def folded(self) -> nn.Module:
+        cast_before_fold(self)
         query, kv = self.q.ln, self.kv
         assert isinstance(query, nn.Linear) and isinstance(kv, nn.Linear)
         index = torch.arange(kv.out_features).view(self.heads, -1)  # (H, 5 D)
-        return FoldedDownsample(
-            scaled(query, self.key_dim**-0.5),
-            rows(kv, index[:, : self.key_dim].flatten()),
-            rows(kv, index[:, self.key_dim :].flatten()),
-            self.proj,
-            self.attention_biases[:, self.index],
-            heads=self.heads,
-            grid=self.grid,
-        )
-
-
-class FoldedDownsample(nn.Module):
-    """AttentionDownsample as it is exported: (B, N, C_in) -> (B, N', C_out). `bias` is (H, N', N)."""
-
-    def __init__(
-        self,
-        query: nn.Linear,
-        key: nn.Linear,
-        value: nn.Linear,
-        output: nn.Module,
-        bias: torch.Tensor,
-        *,
-        heads: int,
-        grid: Size,
-    ) -> None:
-        super().__init__()
-        self.query, self.key, self.value, self.output = query, key, value, output
-        self.bias = nn.Buffer(bias)
-        self.heads, self.grid = heads, grid
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q = split_heads(self.query(every_second(x, self.grid)), self.heads)
-        k, v = split_heads(self.key(x), self.heads), split_heads(self.value(x), self.heads)
-        weights = (q @ k.transpose(-2, -1) + self.bias).softmax(-1)  # (B, H, N', N)
-        return self.output(join_heads(weights @ v))
-
-
-def every_second(x: torch.Tensor, grid: Size) -> torch.Tensor:
-    """Tokens at [::2, ::2] of the grid: (B, h * w, C) -> (B, ceil(h / 2) * ceil(w / 2), C)."""
-    return x.unflatten(1, grid)[:, ::2, ::2].flatten(1, 2)
+        key = rows(kv, index[:, : self.key_dim].flatten())
+        value = rows(kv, index[:, self.key_dim :].flatten())
+        if self.dconv is not None:
+            return FoldedAttention(
+                query, key, value, self.dconv, self.proj, heads=self.heads, tokens=self.tokens, asking=self.asking
+            )
+        assert self.attention_biases is not None
+        bias = self.attention_biases[:, self.index]  # (H, N', N)
+        query = scaled(query, self.key_dim**-0.5)
+        return FoldedSoftmaxAttention(query, key, value, self.proj, heads=self.heads, bias=bias, asking=self.asking)
 
 
 def mlp(width: int) -> nn.Sequential:
@@ -243,7 +252,7 @@ class Downsample(nn.Module):
 
     def __init__(self, width_in: int, width_out: int, config: LeViTConfig, grid: Size) -> None:
         super().__init__()
-        self.attn_downsample = AttentionDownsample(width_in, width_out, config.key_dim, grid)
+        self.attn_downsample = AttentionDownsample(width_in, width_out, config, grid)
         self.mlp = mlp(width_out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -348,6 +357,7 @@ class LeViTFamily:
             classes=tensor(tensors, "head.linear.weight").shape[0],
             kernel=dconv[0].shape[2],
             aux_threshold=aux_threshold,
+            down="linear" if "stages.1.downsample.attn_downsample.dconv.weight" in tensors else "softmax",
         )
 
     def build(self, config: LeViTConfig) -> nn.Module:

@@ -122,8 +122,9 @@ def distance_index(queries: int, keys: int, table: int) -> torch.Tensor:
 
     Of facebookresearch/mvit's cal_rel_pos_spatial, with the distances counted on any grid that both are subsets of.
     """
-    query, key = torch.arange(queries) * (table // queries), torch.arange(keys) * (table // keys)
-    return query[:, None] - key[None] + int(key[-1])
+    query = torch.arange(queries) * (table // queries)
+    key = torch.arange(keys) * (table // keys)
+    return query[:, None] - key[None] + (keys - 1) * (table // keys)
 
 
 def as_map(x: torch.Tensor, grid: Size) -> torch.Tensor:

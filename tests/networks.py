@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -21,6 +23,7 @@ SMALL = {
     "deit": (CastlingDeiT, SMALL_DEIT),
     "deit-distilled": (CastlingDeiT, SMALL_DISTILLED),
     "levit": (CastlingLeViT, SMALL_LEVIT),
+    "levit-linear": (CastlingLeViT, replace(SMALL_LEVIT, down="linear", image_size=(64, 96))),
     "mvit": (CastlingMViTv2, SMALL_MVIT),
 }
 

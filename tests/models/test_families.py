@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,11 +11,12 @@ from networks import SMALL, SMALL_DISTILLED, SMALL_LEVIT, SMALL_MVIT, conditione
 
 from castling_deploy.castle import castle
 from castling_deploy.errors import CheckpointError, ShapeError, UsageError
+from castling_deploy.fold import fold
 from castling_deploy.inspection import _stage
 from castling_deploy.models.attention import linear_angular, unit
 from castling_deploy.models.deit import CastlingDeiT, DeiTConfig, DeiTFamily
 from castling_deploy.models.family import families, family_named, family_of
-from castling_deploy.models.levit import LeViTConfig, LeViTFamily, every_second, offset_index
+from castling_deploy.models.levit import EverySecond, LeViTConfig, LeViTFamily, offset_index
 from castling_deploy.models.mvit import MViTv2Config, MViTv2Family, distance_index, place_of
 
 # Softmax networks as published, plus heads * 9 weights of the token convolution per block.
@@ -79,7 +81,9 @@ def test_hyper_parameters_are_read_off_the_tensors(name: str) -> None:
     network = small(name)
     tensors = network.state_dict()
     family = family_of(tensors)
-    size = network.config.image_size if name == "deit-distilled" else None  # 4 x 6 patches are no square
+    size = (
+        network.config.image_size if name in ("deit-distilled", "levit-linear") else None
+    )  # 4 x 6 tokens are no square
     assert family.config_of(tensors, size, network.config.aux_threshold) == network.config
 
 
@@ -195,7 +199,29 @@ def test_levit_offsets_are_row_major_absolute_differences() -> None:
     assert index.tolist()[4] == [4, 3, 4, 1, 0, 1]
     assert offset_index((3, 3), stride=2).shape == (4, 9)
     grid = torch.arange(9.0).view(1, 9, 1)
-    assert every_second(grid, (3, 3)).flatten().tolist() == [0, 2, 6, 8]
+    assert EverySecond((3, 3))(grid).flatten().tolist() == [0, 2, 6, 8]
+
+
+def test_linear_downsampling_takes_identity_and_token_convolution_at_the_tokens_that_ask() -> None:
+    down = castle(small("levit-linear")).get_submodule("stages.1.downsample.attn_downsample")
+    x = torch.randn(2, 4 * 6, 32)
+    q, k, v = down.split(x)  # type: ignore[operator]
+    assert q.shape == (2, 2, 6, 16) and k.shape == (2, 2, 24, 16) and v.shape == (2, 2, 24, 64)
+    asking = [0, 2, 4, 12, 14, 16]
+    y = unit(v[:, :, asking] / 2 + unit(q) @ (unit(k).transpose(2, 3) @ v) / math.pi) + down.dconv(v)[:, :, asking]  # type: ignore[operator]
+    torch.testing.assert_close(down(x), down.proj(y.transpose(1, 2).flatten(2)))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name, parameters, macs", [("128s", 7_366_890, 287.2), ("384", 38_295_952, 2283.5)])
+def test_levit_with_linear_downsampling_has_the_specified_size_and_work(
+    name: str, parameters: int, macs: float
+) -> None:
+    """The specification leaves out the token convolution of the downsampling: nine taps on values of 4 C channels."""
+    family, config = VARIANTS[f"castling-levit-{name}"]
+    castled = castle(family.build(replace(config, down="linear")).eval())
+    assert sum(parameter.numel() for parameter in fold(castled).parameters()) == parameters
+    taps = 9 * 4 * (196 * config.widths[0] + 49 * config.widths[1]) / 1e6
+    assert _stage(castled, (1, 3, 224, 224)).macs / 1e6 - taps == pytest.approx(macs, abs=0.1)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 96), (96, 32)])
