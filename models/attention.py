@@ -35,6 +35,23 @@ def join_heads(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def split_qkv(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(B, N, 3 C) -> q, k, v (B, H, N, D). The channels are [q | k | v], inside each [head 0 | head 1 | ...]."""
+    q, k, v = qkv.chunk(3, dim=-1)
+    return split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)
+
+
+def thirds(qkv: nn.Linear) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    """The Linears of q, k and v (rule 29)."""
+    q, k, v = torch.arange(qkv.out_features).chunk(3)
+    return rows(qkv, q), rows(qkv, k), rows(qkv, v)
+
+
+def scaled_products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """q k^T / sqrt(D): q (B, H, N', D), k (B, H, N, D) -> (B, H, N', N)."""
+    return q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+
+
 def token_conv(heads: int, kernel: int) -> nn.Conv2d:
     """A depthwise convolution along the tokens, one kernel per head: (B, H, N, D) -> (B, H, N, D)."""
     if kernel % 2 == 0:
@@ -172,14 +189,13 @@ class LinearAngularAttention(nn.Module):
         self.dconv = token_conv(heads, kernel)
 
     def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x (B, N, C) -> q, k, v (B, H, N, D). The rows of qkv are [q | k | v], inside each [head 0 | head 1 | ...]."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        return split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
+        """x (B, N, C) -> q, k, v (B, H, N, D)."""
+        return split_qkv(self.qkv(x), self.heads)
 
     @staticmethod
     def logits(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """The auxiliary branch's logits, of q and k as they are (not normalised): (B, H, N, N)."""
-        return q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        return scaled_products(q, k)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.proj(join_heads(attend(self, *self.split(x))))
@@ -195,16 +211,28 @@ class LinearAngularAttention(nn.Module):
 
     def folded(self) -> nn.Module:
         cast_before_fold(self)
-        q, k, v = torch.arange(self.qkv.out_features).chunk(3)
-        return FoldedAttention(
-            rows(self.qkv, q),
-            rows(self.qkv, k),
-            rows(self.qkv, v),
-            self.dconv,
-            self.proj,
-            heads=self.heads,
-            tokens=self.tokens,
-        )
+        return FoldedAttention(*thirds(self.qkv), self.dconv, self.proj, heads=self.heads, tokens=self.tokens)
+
+
+class SoftmaxAttention(nn.Module):
+    """ViT's softmax attention, for the softmax baseline of DeiT. Shape: (B, N, C) -> (B, N, C)."""
+
+    fold_rule: ClassVar[str] = "softmax scale into the queries"
+
+    def __init__(self, channels: int, heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(channels, 3 * channels, bias=qkv_bias)
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = split_qkv(self.qkv(x), self.heads)
+        return self.proj(join_heads(scaled_products(q, k).softmax(-1) @ v))
+
+    def folded(self) -> nn.Module:
+        query, key, value = thirds(self.qkv)
+        query = scaled(query, (query.out_features // self.heads) ** -0.5)
+        return FoldedSoftmaxAttention(query, key, value, self.proj, heads=self.heads)
 
 
 def folded_attend(
@@ -300,3 +328,15 @@ class FoldedSoftmaxAttention(nn.Module):
         if self.bias is not None:
             logits = logits + self.bias
         return self.output(join_heads(logits.softmax(-1) @ v))
+
+    def after(self, affine: Affine) -> FoldedSoftmaxAttention:
+        """The attention whose input was scaled and shifted per channel before (rule 7)."""
+        return FoldedSoftmaxAttention(
+            affine_before(self.query, affine),
+            affine_before(self.key, affine),
+            affine_before(self.value, affine),
+            self.output,
+            heads=self.heads,
+            bias=self.bias,
+            asking=self.asking,
+        )

@@ -27,10 +27,22 @@ from castling_deploy.models.attention import (
     branch_evidence,
     cast_before_fold,
     join_heads,
+    scaled_products,
     split_heads,
     token_conv,
 )
-from castling_deploy.models.family import OFFICIAL_THRESHOLD, Size, Tensors, count, interpolated, native_size, tensor
+from castling_deploy.models.family import (
+    OFFICIAL_THRESHOLD,
+    AttentionKind,
+    Size,
+    Tensors,
+    attention_of,
+    count,
+    interpolated,
+    native_size,
+    tensor,
+    with_baselines,
+)
 from castling_deploy.models.layers import ConvNorm, LinearNorm, NormLinear
 from castling_deploy.rewrite import copied
 
@@ -55,6 +67,7 @@ class LeViTConfig:
     classes: int = 1000
     kernel: int = 9
     aux_threshold: float = OFFICIAL_THRESHOLD
+    attention: AttentionKind = "castling"
     down: Literal["softmax", "linear"] = "softmax"
 
     @property
@@ -101,25 +114,57 @@ class EverySecond(nn.Module):
         return x.unflatten(-2, self.grid)[..., ::2, ::2, :].flatten(-3, -2)
 
 
+def fold_rule_of(attention: Attention | AttentionDownsample) -> str:
+    """The two kinds of attention fold differently."""
+    softmax = "softmax scale into the queries; bias table gathered once"
+    return softmax if attention.dconv is None else "attention constants"
+
+
+def biased_logits(attention: Attention | AttentionDownsample, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """LeViT's logits, with a bias for every offset in the grid: (B, H, N', D), (B, H, N, D) -> (B, H, N', N)."""
+    assert attention.attention_biases is not None and attention.index is not None
+    return scaled_products(q, k) + attention.attention_biases[:, attention.index]
+
+
+def folded_form(
+    attention: Attention | AttentionDownsample,
+    query: nn.Linear,
+    key: nn.Linear,
+    value: nn.Linear,
+    asking: nn.Module | None = None,
+) -> nn.Module:
+    """The attention as it is exported, of either kind."""
+    heads, output = attention.heads, attention.proj
+    if attention.dconv is not None:
+        return FoldedAttention(
+            query, key, value, attention.dconv, output, heads=heads, tokens=attention.tokens, asking=asking
+        )
+    assert attention.attention_biases is not None
+    bias = attention.attention_biases[:, attention.index]  # (H, N', N)
+    query = scaled(query, attention.key_dim**-0.5)
+    return FoldedSoftmaxAttention(query, key, value, output, heads=heads, bias=bias, asking=asking)
+
+
 class Attention(nn.Module):
-    """LeViT's attention with linear-angular similarity, Hardswish before the projection.
+    """LeViT's attention with linear-angular similarity, Hardswish before the projection; softmax in the baseline.
 
     Values are wider than keys (2 D against D). The rows of `qkv` are, per head, [q D | k D | v 2 D].
     Shape: (B, N, C) -> (B, N, C).
     """
 
-    fold_rule: ClassVar[str] = "attention constants"
+    fold_rule = property(fold_rule_of)
+    logits = biased_logits
 
     def __init__(self, width: int, heads: int, config: LeViTConfig, grid: Size) -> None:
         super().__init__()
-        self.heads, self.key_dim = heads, config.key_dim
-        self.aux_threshold: float | None = config.aux_threshold
-        self.tokens = math.prod(grid)
+        angular = config.attention == "castling"
+        self.heads, self.key_dim, self.tokens = heads, config.key_dim, math.prod(grid)
+        self.aux_threshold = config.aux_threshold if angular else None
         self.qkv: nn.Module = LinearNorm(width, heads * 4 * config.key_dim)
         self.proj = nn.Sequential(
             OrderedDict(act=nn.Hardswish(), ln=LinearNorm(heads * 2 * config.key_dim, width, gamma=0))
         )
-        self.dconv = token_conv(heads, config.kernel)
+        self.dconv = token_conv(heads, config.kernel) if angular else None
         self.attention_biases: nn.Parameter | None = nn.Parameter(torch.zeros(heads, self.tokens))
         self.index: torch.Tensor | None = nn.Buffer(offset_index(grid), persistent=False)
 
@@ -127,11 +172,6 @@ class Attention(nn.Module):
         """x (B, N, C) -> q, k (B, H, N, D), v (B, H, N, 2 D)."""
         q, k, v = split_heads(self.qkv(x), self.heads).split([self.key_dim, self.key_dim, 2 * self.key_dim], dim=-1)
         return q, k, v
-
-    def logits(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        """The auxiliary branch's logits (B, H, N, N), with the attention biases."""
-        assert self.attention_biases is not None and self.index is not None
-        return q @ k.transpose(-2, -1) * self.key_dim**-0.5 + self.attention_biases[:, self.index]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.proj(join_heads(attend(self, *self.split(x))))
@@ -142,7 +182,8 @@ class Attention(nn.Module):
     def castled(self) -> nn.Module:
         twin = copied(self)
         assert isinstance(twin, Attention)
-        twin.aux_threshold = twin.attention_biases = twin.index = None
+        if twin.dconv is not None:
+            twin.aux_threshold = twin.attention_biases = twin.index = None
         return twin
 
     def folded(self) -> nn.Module:
@@ -150,15 +191,8 @@ class Attention(nn.Module):
         assert isinstance(self.qkv, nn.Linear)
         index = torch.arange(self.qkv.out_features).view(self.heads, -1)  # (H, 4 D)
         q, k, v = index.split([self.key_dim, self.key_dim, 2 * self.key_dim], dim=1)
-        return FoldedAttention(
-            rows(self.qkv, q.flatten()),
-            rows(self.qkv, k.flatten()),
-            rows(self.qkv, v.flatten()),
-            self.dconv,
-            self.proj,
-            heads=self.heads,
-            tokens=self.tokens,
-        )
+        query, key, value = (rows(self.qkv, part.flatten()) for part in (q, k, v))
+        return folded_form(self, query, key, value)
 
 
 class AttentionDownsample(nn.Module):
@@ -169,33 +203,27 @@ class AttentionDownsample(nn.Module):
     The rows of `kv` are, per head, [k D | v 4 D]. Shape: (B, N, C_in) -> (B, ceil(h / 2) * ceil(w / 2), C_out).
     """
 
+    fold_rule = property(fold_rule_of)
+    logits = biased_logits
+
     def __init__(self, width_in: int, width_out: int, config: LeViTConfig, grid: Size) -> None:
         super().__init__()
-        key_dim, linear = config.key_dim, config.down == "linear"
+        key_dim, angular = config.key_dim, config.down == "linear"
         heads = width_in // key_dim
         self.heads, self.key_dim, self.tokens = heads, key_dim, math.prod(grid)
         self.kv = LinearNorm(width_in, heads * 5 * key_dim)
         self.asking = EverySecond(grid)
         self.q = nn.Sequential(OrderedDict(ln=LinearNorm(width_in, heads * key_dim)))
         self.proj = nn.Sequential(OrderedDict(act=nn.Hardswish(), ln=LinearNorm(heads * 4 * key_dim, width_out)))
-        self.dconv = token_conv(heads, config.kernel) if linear else None
-        self.aux_threshold = config.aux_threshold if linear else None
+        self.dconv = token_conv(heads, config.kernel) if angular else None
+        self.aux_threshold = config.aux_threshold if angular else None
         self.attention_biases: nn.Parameter | None = nn.Parameter(torch.zeros(heads, self.tokens))
         self.index: torch.Tensor | None = nn.Buffer(offset_index(grid, stride=2), persistent=False)
-
-    @property
-    def fold_rule(self) -> str:
-        return Attention.fold_rule if self.dconv is not None else "softmax scale into the queries; bias table gathered"
 
     def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (B, N, C_in) -> q (B, H, N', D), k (B, H, N, D), v (B, H, N, 4 D)."""
         k, v = split_heads(self.kv(x), self.heads).split([self.key_dim, 4 * self.key_dim], dim=-1)
         return split_heads(self.q(self.asking(x)), self.heads), k, v
-
-    def logits(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        """Those of the softmax (B, H, N', N), with the attention biases."""
-        assert self.attention_biases is not None and self.index is not None
-        return q @ k.transpose(-2, -1) * self.key_dim**-0.5 + self.attention_biases[:, self.index]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.proj(join_heads(attend(self, *self.split(x), self.asking)))
@@ -217,14 +245,7 @@ class AttentionDownsample(nn.Module):
         index = torch.arange(kv.out_features).view(self.heads, -1)  # (H, 5 D)
         key = rows(kv, index[:, : self.key_dim].flatten())
         value = rows(kv, index[:, self.key_dim :].flatten())
-        if self.dconv is not None:
-            return FoldedAttention(
-                query, key, value, self.dconv, self.proj, heads=self.heads, tokens=self.tokens, asking=self.asking
-            )
-        assert self.attention_biases is not None
-        bias = self.attention_biases[:, self.index]  # (H, N', N)
-        query = scaled(query, self.key_dim**-0.5)
-        return FoldedSoftmaxAttention(query, key, value, self.proj, heads=self.heads, bias=bias, asking=self.asking)
+        return folded_form(self, query, key, value, self.asking)
 
 
 def mlp(width: int) -> nn.Sequential:
@@ -318,19 +339,22 @@ class CastlingLeViT(nn.Module):
         return twin
 
 
-VARIANTS: Mapping[str, LeViTConfig] = {
-    "castling-levit-128s": LeViTConfig(),
-    "castling-levit-128": LeViTConfig(heads=(4, 8, 12), depths=(4, 4, 4)),
-    "castling-levit-192": LeViTConfig((192, 288, 384), (3, 5, 6), (4, 4, 4), 32),
-    "castling-levit-256": LeViTConfig((256, 384, 512), (4, 6, 8), (4, 4, 4), 32),
-    "castling-levit-384": LeViTConfig((384, 512, 768), (6, 9, 12), (4, 4, 4), 32),
-}
+VARIANTS: Mapping[str, LeViTConfig] = with_baselines(
+    {
+        "castling-levit-128s": LeViTConfig(),
+        "castling-levit-128": LeViTConfig(heads=(4, 8, 12), depths=(4, 4, 4)),
+        "castling-levit-192": LeViTConfig((192, 288, 384), (3, 5, 6), (4, 4, 4), 32),
+        "castling-levit-256": LeViTConfig((256, 384, 512), (4, 6, 8), (4, 4, 4), 32),
+        "castling-levit-384": LeViTConfig((384, 512, 768), (6, 9, 12), (4, 4, 4), 32),
+    }
+)
 
 
 class LeViTFamily:
     """Recognises, builds and resizes Castling-LeViT."""
 
     name = "castling-levit"
+    baseline = "levit"
     title = "Castling-LeViT"
     reference = "arXiv:2211.10526; LeViT: arXiv:2104.01136"
     variants = VARIANTS
@@ -340,10 +364,12 @@ class LeViTFamily:
 
     def config_of(self, tensors: Tensors, image_size: Size | None, aux_threshold: float) -> LeViTConfig:
         stages = range(count(tensors, "stages."))
-        dconv = [tensor(tensors, f"stages.{stage}.blocks.0.attn.dconv.weight") for stage in stages]  # (H, 1, K, 1)
-        heads = tuple(weight.shape[0] for weight in dconv)
+        biases = [tensor(tensors, f"stages.{stage}.blocks.0.attn.attention_biases") for stage in stages]  # (H, h * w)
+        heads = tuple(table.shape[0] for table in biases)
+        attention, kernel = attention_of(tensors), LeViTConfig.kernel
+        if attention == "castling":
+            kernel = tensor(tensors, "stages.0.blocks.0.attn.dconv.weight").shape[2]
         qkv = tensor(tensors, "stages.0.blocks.0.attn.qkv.linear.weight")  # (4 H D, C)
-        tokens = tensor(tensors, "stages.0.blocks.0.attn.attention_biases").shape[1]
         return LeViTConfig(
             widths=tuple(
                 tensor(tensors, f"stages.{stage}.blocks.0.attn.qkv.linear.weight").shape[1] for stage in stages
@@ -352,11 +378,12 @@ class LeViTFamily:
             depths=tuple(count(tensors, f"stages.{stage}.blocks.") for stage in stages),
             key_dim=qkv.shape[0] // (4 * heads[0]),
             distilled="head_dist.linear.weight" in tensors,
-            image_size=native_size(tokens, STEM_STRIDE, image_size),
+            image_size=native_size(biases[0].shape[1], STEM_STRIDE, image_size),
             channels=tensor(tensors, "stem.conv1.linear.weight").shape[1],
             classes=tensor(tensors, "head.linear.weight").shape[0],
-            kernel=dconv[0].shape[2],
+            kernel=kernel,
             aux_threshold=aux_threshold,
+            attention=attention,
             down="linear" if "stages.1.downsample.attn_downsample.dconv.weight" in tensors else "softmax",
         )
 

@@ -23,7 +23,6 @@ from castling_deploy.fold import (
     Affine,
     affine_before,
     layernorm_affine,
-    rows,
     scaled,
     without_affine,
 )
@@ -33,11 +32,23 @@ from castling_deploy.models.attention import (
     cast_before_fold,
     folded_attend,
     join_heads,
+    scaled_products,
     split_heads,
+    split_qkv,
+    thirds,
     token_conv,
     value_scale,
 )
-from castling_deploy.models.family import OFFICIAL_THRESHOLD, Size, Tensors, count, tensor
+from castling_deploy.models.family import (
+    OFFICIAL_THRESHOLD,
+    AttentionKind,
+    Size,
+    Tensors,
+    attention_of,
+    count,
+    tensor,
+    with_baselines,
+)
 from castling_deploy.models.layers import Mlp
 from castling_deploy.rewrite import copied
 
@@ -50,7 +61,7 @@ class MViTv2Config:
     """Hyper-parameters; the defaults are Castling-MViTv2-T's.
 
     One entry per stage in `widths` (C), `heads` and `depths`. The first block of every stage but the first halves
-    height and width. `positions`: whether the auxiliary branch has relative positions.
+    height and width. `positions`: whether the softmax (of the auxiliary branch, or the baseline's) has relative ones.
     """
 
     widths: tuple[int, ...] = (96, 192, 384, 768)
@@ -63,6 +74,7 @@ class MViTv2Config:
     classes: int = 1000
     kernel: int = 9
     aux_threshold: float = OFFICIAL_THRESHOLD
+    attention: AttentionKind = "castling"
 
     @property
     def grids(self) -> tuple[Size, ...]:
@@ -89,9 +101,10 @@ class MViTv2Config:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an attention stands: its channels, the tokens it gets, and how queries, keys and values are pooled.
+    """Where an attention stands: its channels, the tokens it gets, the strides that pool its queries and its keys.
 
-    `table` is the finest grid of the original's queries and keys, which its relative positions are counted on.
+    Values are pooled as keys are. `table` is the finest grid of the original's queries and keys, which its relative
+    positions are counted on.
     """
 
     width_in: int
@@ -99,22 +112,30 @@ class Place:
     heads: int
     grid: Size
     stride: int
+    key_stride: int
     table: Size
 
     @property
-    def pooled(self) -> Size:
-        """Queries, keys and values along height and width."""
+    def queries(self) -> Size:
+        """Along height and width."""
         return self.grid[0] // self.stride, self.grid[1] // self.stride
+
+    @property
+    def keys(self) -> Size:
+        """Along height and width."""
+        return self.grid[0] // self.key_stride, self.grid[1] // self.key_stride
 
 
 def place_of(config: MViTv2Config, stage: int, block: int) -> Place:
-    """The original pools keys by 4, 2, 1, 1 in its stages, whatever the queries' stride."""
+    """The original pools keys by 4, 2, 1, 1 in its stages, whatever the queries' stride; Castling as the queries."""
     enters = stage > 0 and block == 0
     before = stage - 1 if enters else stage
     grid, stride = config.grids[before], 2 if enters else 1
-    finest = min(stride, max(4 >> stage, 1))
+    original = max(4 >> stage, 1)
+    finest = min(stride, original)
+    key_stride = original if config.attention == "softmax" else stride
     table = grid[0] // finest, grid[1] // finest
-    return Place(config.widths[before], config.widths[stage], config.heads[stage], grid, stride, table)
+    return Place(config.widths[before], config.widths[stage], config.heads[stage], grid, stride, key_stride, table)
 
 
 def distance_index(queries: int, keys: int, table: int) -> torch.Tensor:
@@ -143,34 +164,36 @@ def head_conv(head_dim: int, stride: int) -> nn.Conv2d:
 
 
 class PoolingAttention(nn.Module):
-    """MViTv2's attention with linear-angular similarity, the pooled queries added to its output.
+    """MViTv2's attention with linear-angular similarity (softmax in the baseline), the pooled queries added.
 
     Queries, keys and values are pooled by a convolution that all heads share, then normalised.
     Shape: (B, h * w, C_in) -> (B, h' * w', C).
     """
 
-    fold_rule: ClassVar[str] = "attention constants"
-
     def __init__(self, place: Place, config: MViTv2Config) -> None:
         super().__init__()
-        head_dim = place.width // place.heads
+        head_dim, angular = place.width // place.heads, config.attention == "castling"
         self.place = place
-        self.aux_threshold: float | None = config.aux_threshold
+        self.aux_threshold = config.aux_threshold if angular else None
         self.qkv = nn.Linear(place.width_in, 3 * place.width)
         self.proj = nn.Linear(place.width, place.width)
         self.pool_q, self.norm_q = head_conv(head_dim, place.stride), nn.LayerNorm(head_dim, EPS)
-        self.pool_k, self.norm_k = head_conv(head_dim, place.stride), nn.LayerNorm(head_dim, EPS)
-        self.pool_v, self.norm_v = head_conv(head_dim, place.stride), nn.LayerNorm(head_dim, EPS)
-        self.dconv = token_conv(place.heads, config.kernel)
+        self.pool_k, self.norm_k = head_conv(head_dim, place.key_stride), nn.LayerNorm(head_dim, EPS)
+        self.pool_v, self.norm_v = head_conv(head_dim, place.key_stride), nn.LayerNorm(head_dim, EPS)
+        self.dconv = token_conv(place.heads, config.kernel) if angular else None
         self.rel_pos_h: nn.Parameter | None = None
         self.rel_pos_w: nn.Parameter | None = None
         if config.positions:
             self.rel_pos_h = nn.Parameter(torch.zeros(2 * place.table[0] - 1, head_dim))
             self.rel_pos_w = nn.Parameter(torch.zeros(2 * place.table[1] - 1, head_dim))
 
+    @property
+    def fold_rule(self) -> str:
+        return "softmax scale into the keys; positions gathered once" if self.dconv is None else "attention constants"
+
     def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x (B, N, C_in) -> q, k, v (B, H, N', D), pooled and normalised."""
-        q, k, v = (split_heads(part, self.place.heads) for part in self.qkv(x).chunk(3, dim=-1))
+        """x (B, N, C_in) -> q (B, H, N', D), k and v (B, H, N'', D), pooled and normalised; N' = N'' in Castling."""
+        q, k, v = split_qkv(self.qkv(x), self.place.heads)
         return (
             self.norm_q(self._pooled(q, self.pool_q)),
             self.norm_k(self._pooled(k, self.pool_k)),
@@ -182,14 +205,18 @@ class PoolingAttention(nn.Module):
         return as_tokens(pool(as_map(x.flatten(0, 1), self.place.grid))).unflatten(0, (-1, self.place.heads))
 
     def logits(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        """The auxiliary branch's logits (B, H, N', N'), with the relative positions."""
-        logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        """Those of the softmax (B, H, N', N''), with the relative positions."""
+        logits = scaled_products(q, k)
+        positions = self.positions()
+        return logits if positions is None else logits + positional_logits(q, *positions)
+
+    def positions(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Relative positions of every query and key along an axis: (h', h'', D) and (w', w'', D); None without."""
         if self.rel_pos_h is None or self.rel_pos_w is None:
-            return logits
-        height, width = self.place.pooled
-        down = self.rel_pos_h[distance_index(height, height, self.place.table[0])]  # (h', h', D)
-        across = self.rel_pos_w[distance_index(width, width, self.place.table[1])]  # (w', w', D)
-        return logits + positional_logits(q, down, across)
+            return None
+        (height, width), (key_height, key_width), table = self.place.queries, self.place.keys, self.place.table
+        down = self.rel_pos_h[distance_index(height, key_height, table[0])]
+        return down, self.rel_pos_w[distance_index(width, key_width, table[1])]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.split(x)
@@ -201,22 +228,24 @@ class PoolingAttention(nn.Module):
     def castled(self) -> nn.Module:
         twin = copied(self)
         assert isinstance(twin, PoolingAttention)
-        twin.aux_threshold = twin.rel_pos_h = twin.rel_pos_w = None
+        if twin.dconv is not None:
+            twin.aux_threshold = twin.rel_pos_h = twin.rel_pos_w = None
         return twin
 
     def folded(self) -> nn.Module:
         cast_before_fold(self)
-        q, k, v = torch.arange(self.qkv.out_features).chunk(3)
-        factor = value_scale(math.prod(self.place.pooled))
-        return FoldedPoolingAttention(
-            Pooled(rows(self.qkv, q), widened(self.pool_q, self.place.heads), self.norm_q, self.place),
-            Pooled(rows(self.qkv, k), widened(self.pool_k, self.place.heads), self.norm_k, self.place),
-            Pooled(
-                rows(self.qkv, v), widened(self.pool_v, self.place.heads), norm_times(self.norm_v, factor), self.place
-            ),
-            scaled(self.dconv, 1 / factor),
-            self.proj,
-        )
+        query, key, value = thirds(self.qkv)
+        heads, grid = self.place.heads, self.place.grid
+        queries = Pooled(query, widened(self.pool_q, heads), self.norm_q, heads, grid)
+        if self.dconv is None:
+            norm = norm_times(self.norm_k, self.norm_k.normalized_shape[0] ** -0.5)
+            keys = Pooled(key, widened(self.pool_k, heads), norm, heads, grid)
+            values = Pooled(value, widened(self.pool_v, heads), self.norm_v, heads, grid)
+            return FoldedPoolingSoftmax(queries, keys, values, self.proj, self.positions())
+        factor = value_scale(math.prod(self.place.keys))
+        keys = Pooled(key, widened(self.pool_k, heads), self.norm_k, heads, grid)
+        values = Pooled(value, widened(self.pool_v, heads), norm_times(self.norm_v, factor), heads, grid)
+        return FoldedPoolingAttention(queries, keys, values, self.proj, scaled(self.dconv, 1 / factor))
 
 
 def positional_logits(q: torch.Tensor, down: torch.Tensor, across: torch.Tensor) -> torch.Tensor:
@@ -254,25 +283,25 @@ class Pooled(nn.Module):
     The norm keeps its affine part: what follows normalises over the same channels or adds to them (rule 8).
     """
 
-    def __init__(self, linear: nn.Linear, pool: nn.Conv2d, norm: nn.LayerNorm, place: Place) -> None:
+    def __init__(self, linear: nn.Linear, pool: nn.Conv2d, norm: nn.LayerNorm, heads: int, grid: Size) -> None:
         super().__init__()
-        self.linear, self.pool, self.norm, self.place = linear, pool, norm, place
+        self.linear, self.pool, self.norm, self.heads, self.grid = linear, pool, norm, heads, grid
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        pooled = as_tokens(self.pool(as_map(self.linear(x), self.place.grid)))  # (B, N', C)
-        return self.norm(split_heads(pooled, self.place.heads))
+        pooled = as_tokens(self.pool(as_map(self.linear(x), self.grid)))  # (B, N', C)
+        return self.norm(split_heads(pooled, self.heads))
 
     def after(self, affine: Affine) -> Pooled:
         """What takes an input that was scaled and shifted per channel before (rule 7)."""
-        return Pooled(affine_before(self.linear, affine), self.pool, self.norm, self.place)
+        return Pooled(affine_before(self.linear, affine), self.pool, self.norm, self.heads, self.grid)
 
 
 class FoldedPoolingAttention(nn.Module):
-    """PoolingAttention as it is exported, `dconv` and the value's norm scaled: (B, N, C_in) -> (B, N', C)."""
+    """PoolingAttention as it is exported, `dconv` and the values' norm scaled: (B, N, C_in) -> (B, N', C)."""
 
-    def __init__(self, query: Pooled, key: Pooled, value: Pooled, dconv: nn.Conv2d, output: nn.Module) -> None:
+    def __init__(self, query: Pooled, key: Pooled, value: Pooled, output: nn.Module, dconv: nn.Conv2d) -> None:
         super().__init__()
-        self.query, self.key, self.value, self.dconv, self.output = query, key, value, dconv, output
+        self.query, self.key, self.value, self.output, self.dconv = query, key, value, output, dconv
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q = self.query(x)
@@ -281,7 +310,37 @@ class FoldedPoolingAttention(nn.Module):
     def after(self, affine: Affine) -> FoldedPoolingAttention:
         """The attention whose input was scaled and shifted per channel before (rule 7)."""
         query, key, value = (part.after(affine) for part in (self.query, self.key, self.value))
-        return FoldedPoolingAttention(query, key, value, self.dconv, self.output)
+        return FoldedPoolingAttention(query, key, value, self.output, self.dconv)
+
+
+class FoldedPoolingSoftmax(nn.Module):
+    """The softmax baseline's attention as it is exported, the keys' norm scaled: (B, N, C_in) -> (B, N', C)."""
+
+    def __init__(
+        self,
+        query: Pooled,
+        key: Pooled,
+        value: Pooled,
+        output: nn.Module,
+        positions: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.output = query, key, value, output
+        self.down = None if positions is None else nn.Buffer(positions[0])
+        self.across = None if positions is None else nn.Buffer(positions[1])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.query(x)
+        logits = q @ self.key(x).transpose(-2, -1)  # (B, H, N', N'')
+        if self.down is not None and self.across is not None:
+            logits = logits + positional_logits(q, self.down, self.across)
+        return self.output(join_heads(logits.softmax(-1) @ self.value(x) + q))
+
+    def after(self, affine: Affine) -> FoldedPoolingSoftmax:
+        """The attention whose input was scaled and shifted per channel before (rule 7)."""
+        query, key, value = (part.after(affine) for part in (self.query, self.key, self.value))
+        positions = None if self.down is None or self.across is None else (self.down, self.across)
+        return FoldedPoolingSoftmax(query, key, value, self.output, positions)
 
 
 class Block(nn.Module):
@@ -312,7 +371,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def folded(self) -> nn.Module:
-        assert isinstance(self.attn, FoldedPoolingAttention)
+        assert isinstance(self.attn, (FoldedPoolingAttention, FoldedPoolingSoftmax))
         twin = copied(self)
         assert isinstance(twin, Block)
         first, second = layernorm_affine(self.norm1), layernorm_affine(self.norm2)
@@ -352,7 +411,7 @@ class CastlingMViTv2(nn.Module):
         self.norm = nn.LayerNorm(config.widths[-1], EPS)
         self.head = nn.ModuleDict({"fc": nn.Linear(config.widths[-1], config.classes)})
         for name, parameter in self.named_parameters():
-            if name.endswith(("rel_pos_h", "rel_pos_w")):
+            if name.endswith((".rel_pos_h", ".rel_pos_w")):
                 nn.init.trunc_normal_(parameter, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -375,17 +434,20 @@ class CastlingMViTv2(nn.Module):
         return twin
 
 
-VARIANTS: Mapping[str, MViTv2Config] = {
-    "castling-mvitv2-tiny": MViTv2Config(),
-    "castling-mvitv2-small": MViTv2Config(depths=(1, 2, 11, 2)),
-    "castling-mvitv2-base": MViTv2Config(depths=(2, 3, 16, 3)),
-}
+VARIANTS: Mapping[str, MViTv2Config] = with_baselines(
+    {
+        "castling-mvitv2-tiny": MViTv2Config(),
+        "castling-mvitv2-small": MViTv2Config(depths=(1, 2, 11, 2)),
+        "castling-mvitv2-base": MViTv2Config(depths=(2, 3, 16, 3)),
+    }
+)
 
 
 class MViTv2Family:
     """Recognises, builds and resizes Castling-MViTv2."""
 
     name = "castling-mvitv2"
+    baseline = "mvitv2"
     title = "Castling-MViTv2"
     reference = "arXiv:2211.10526; MViTv2: arXiv:2112.01526"
     variants = VARIANTS
@@ -397,6 +459,9 @@ class MViTv2Family:
         stages = range(count(tensors, "stages."))
         head_dim = tensor(tensors, "stages.0.blocks.0.attn.pool_q.weight").shape[0]
         widths = tuple(tensor(tensors, f"stages.{stage}.blocks.0.attn.proj.weight").shape[0] for stage in stages)
+        attention, kernel = attention_of(tensors), MViTv2Config.kernel
+        if attention == "castling":
+            kernel = tensor(tensors, "stages.0.blocks.0.attn.dconv.weight").shape[2]
         positions = "stages.0.blocks.0.attn.rel_pos_h" in tensors
         if positions:  # 2 n - 1 relative positions for n tokens along an axis
             sides = (tensor(tensors, f"stages.0.blocks.0.attn.rel_pos_{axis}").shape[0] for axis in "hw")
@@ -411,8 +476,9 @@ class MViTv2Family:
             image_size=image_size or MViTv2Config.image_size,
             channels=tensor(tensors, "patch_embed.proj.weight").shape[1],
             classes=tensor(tensors, "head.fc.weight").shape[0],
-            kernel=tensor(tensors, "stages.0.blocks.0.attn.dconv.weight").shape[2],
+            kernel=kernel,
             aux_threshold=aux_threshold,
+            attention=attention,
         )
 
     def build(self, config: MViTv2Config) -> nn.Module:

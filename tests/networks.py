@@ -26,6 +26,12 @@ SMALL = {
     "levit-linear": (CastlingLeViT, replace(SMALL_LEVIT, down="linear", image_size=(64, 96))),
     "mvit": (CastlingMViTv2, SMALL_MVIT),
 }
+# The same networks with their original attention. DeiT's heads have 64 channels, which the tensors do not tell.
+BASELINES = {
+    "deit-softmax": (CastlingDeiT, replace(SMALL_DEIT, width=128, attention="softmax")),
+    "levit-softmax": (CastlingLeViT, replace(SMALL_LEVIT, attention="softmax")),
+    "mvit-softmax": (CastlingMViTv2, replace(SMALL_MVIT, attention="softmax")),
+}
 
 
 def conditioned(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -49,5 +55,5 @@ def conditioned(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def small(name: str, seed: int = 0) -> nn.Module:
-    build, config = SMALL[name]
+    build, config = {**SMALL, **BASELINES}[name]
     return conditioned(build(config), seed)  # type: ignore[arg-type]
