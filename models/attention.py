@@ -83,7 +83,11 @@ def linear_angular(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, own: torch
 
 def masked_softmax(logits: torch.Tensor, threshold: float) -> torch.Tensor:
     """The auxiliary branch's weights (section 3.3): softmax, entries up to the threshold zeroed, not renormalised."""
-    weights = logits.softmax(-1)  # (B, H, N', N)
+    return masked(logits.softmax(-1), threshold)
+
+
+def masked(weights: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Weights up to the threshold zeroed."""
     return weights * (weights > threshold)
 
 
@@ -134,15 +138,17 @@ def branch_evidence(
     threshold = attention.aux_threshold
     if threshold is None:
         return None
-    logits = attention.logits(q, k)
-    weights = masked_softmax(logits, threshold)
+    softmax = attention.logits(q, k).softmax(-1)  # (B, H, N', N): 39 MB a head and image at 3136 tokens, so few copies
+    tokens, peak = softmax.shape[-1], softmax.max().item()
+    weights = masked(softmax, threshold)
+    del softmax
     lost = (weights @ v).norm(dim=-1)  # (B, H, N')
     kept = linear_angular(q, k, v, asking(v)).norm(dim=-1).clamp_min(NORM_FLOOR)
     return CastEvidence(
-        tokens=logits.shape[-1],
+        tokens=tokens,
         threshold=threshold,
-        mask_density=(weights > 0).double().mean().item(),
-        peak=logits.softmax(-1).max().item(),
+        mask_density=weights.count_nonzero().item() / weights.numel(),
+        peak=peak,
         contribution=(lost.square().mean() / kept.square().mean()).sqrt().item(),
         contribution_max=(lost / kept).max().item(),
     )

@@ -8,16 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 from networks import SMALL, SMALL_DISTILLED, SMALL_LEVIT, SMALL_MVIT, conditioned, small
+from torch import nn
 
 from castling_deploy.castle import castle
 from castling_deploy.errors import CheckpointError, ShapeError, UsageError
 from castling_deploy.fold import fold
 from castling_deploy.inspection import _stage
-from castling_deploy.models.attention import linear_angular, unit
+from castling_deploy.models.attention import linear_angular, unit, value_scale
 from castling_deploy.models.deit import CastlingDeiT, DeiTConfig, DeiTFamily
 from castling_deploy.models.family import families, family_named, family_of, names_baseline
 from castling_deploy.models.levit import EverySecond, LeViTConfig, LeViTFamily, offset_index
-from castling_deploy.models.mvit import MViTv2Config, MViTv2Family, distance_index, place_of
+from castling_deploy.models.mvit import MViTv2Config, MViTv2Family, distance_index, place_of, pooled_value_scale
 
 # Softmax networks as published, and the heads * 9 weights that the token convolution of every block adds.
 PUBLISHED = {
@@ -205,6 +206,15 @@ def test_mvit_adds_the_pooled_queries_after_the_normalisation() -> None:
     assert q.shape == k.shape == v.shape == (2, 2, 8 * 12, 16)
     y = unit(linear_angular(q, k, v)) + attention.dconv(v) + q  # type: ignore[operator]
     torch.testing.assert_close(attention(x), attention.proj(y.transpose(1, 2).flatten(2)))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("tokens", [49, 784, 3136, 16384])
+def test_mvit_scales_its_values_so_that_no_input_overflows_float16(tokens: int) -> None:
+    norm = conditioned(nn.Sequential(nn.LayerNorm(96, 1e-6)))[0]  # type: ignore[index]
+    largest = 96**0.5 * norm.weight.abs().max() + norm.bias.norm()
+    scale = pooled_value_scale(tokens, norm)
+    assert (scale * largest * (1 + 2 * tokens / math.pi)) ** 2 < 65504
+    assert value_scale(tokens) / 16 <= scale <= value_scale(tokens) and math.log2(scale).is_integer()
 
 
 def test_mvit_without_relative_positions_is_read_too() -> None:
