@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,11 @@ verify = recheck.verify
 
 
 def load(
-    path: str | Path | None = None, *, model: str | None = None, image_size: tuple[int, int] | None = None
+    path: str | Path | None = None,
+    *,
+    model: str | None = None,
+    image_size: tuple[int, int] | None = None,
+    init_dconv: Literal["zero"] | None = None,
 ) -> nn.Module:
     """The network of a checkpoint (without one: the bundled `model`) in training form, its card as `.card`.
 
@@ -39,7 +43,7 @@ def load(
     Shape: (B, C, H, W) -> logits (B, classes). Raises CheckpointError.
     """
     source = bundled.checkpoint_path(model or bundled.DEFAULT) if path is None else path
-    network, card = identify(reading.read(source), model=model, image_size=image_size)
+    network, card = identify(reading.read(source), model=model, image_size=image_size, init_dconv=init_dconv)
     return _carrying(network, card)
 
 

@@ -111,7 +111,7 @@ def describe(
 def _readme(card: ModelCard, target: Target, precision: Precision, artifact: Artifact, parity: ParityReport) -> str:
     pre, (height, width) = card.preprocessing, card.preprocessing.size
     mark = "" if parity.verdict is Verdict.PASS else f"\n> **Parity: {parity.verdict}.** Do not ship this artefact.\n"
-    notes = [f"- {note}" for note in artifact.details.get("notes", ())]
+    notes = [f"- {note}" for note in (*card.warnings, *artifact.details.get("notes", ()))]
     lines = [
         f"# {card.name} for {target.name}, {precision}",
         mark,

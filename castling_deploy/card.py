@@ -3,6 +3,7 @@ a hub folder's config.json says."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def stated(entry: Any) -> Stated:
         "mean": lambda value: _numbers(value),
         "std": lambda value: _numbers(value) and all(item > 0 for item in value),
         "resize_kernel": lambda value: value in KERNELS,
-        "crop_fraction": lambda value: _number(value) and 0 < value <= 1,
+        "crop_fraction": lambda value: _number(value) and 0.1 <= value <= 1,
     }
     facts: dict[str, Any] = {}
     for key, check in checks.items():
@@ -70,7 +71,7 @@ def stated(entry: Any) -> Stated:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _numbers(value: Any, count: int | None = None) -> bool:

@@ -108,10 +108,18 @@ def _as_float32(name: str, value: torch.Tensor, path: Path) -> torch.Tensor:
             f"tensor '{name}' in '{path}' is {str(value.dtype).removeprefix('torch.')}, not floating point",
             hint="export the checkpoint as it was before quantisation",
         )
-    if not torch.isfinite(value).all():
-        count = int((~torch.isfinite(value)).sum())
+    try:
+        value = value.detach().float().contiguous()
+        finite = torch.isfinite(value)
+    except (NotImplementedError, RuntimeError):  # sparse, meta, float4, ...
+        raise CheckpointError(
+            f"tensor '{name}' in '{path}' is a {value.layout} {value.dtype} on {value.device} that cannot be read",
+            hint="save dense tensors on the CPU: model.cpu().state_dict()",
+        ) from None
+    if not finite.all():
+        count = int((~finite).sum())
         raise CheckpointError(
             f"tensor '{name}' in '{path}' has {count} values that are NaN or infinite",
             hint="the training diverged, or the file is damaged; use an earlier checkpoint",
         )
-    return value.detach().float().contiguous()
+    return value

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import click
 
@@ -60,6 +60,7 @@ def castling() -> None:
     help=f"Repeatable, or comma separated: {', '.join(TARGETS)}, or all that work here.",
 )
 @click.option("--model", "-m", metavar="NAME", help="A bundled network, or what the checkpoint is expected to be.")
+@click.option("--init-dconv", type=click.Choice(["zero"]), help="For experiments: a softmax network with a zero dconv.")
 @click.option("--precision", metavar="P", help="fp32, fp16 or int8. Default: the target's own.")
 @click.option("--imgsz", type=ImageSize(), metavar="H[,W]", help="Input size in pixels. Default: the checkpoint's.")
 @click.option("--batch-size", "-b", type=click.IntRange(1), default=1, show_default=True, help="Images at once.")
@@ -87,6 +88,7 @@ def export(
     checkpoint: Path | None,
     targets: tuple[str, ...],
     model: str | None,
+    init_dconv: Literal["zero"] | None,
     precision: str | None,
     imgsz: tuple[int, int] | None,
     batch_size: int,
@@ -116,6 +118,7 @@ def export(
         targets=_names(targets),
         checkpoint=checkpoint,
         model=model,
+        init_dconv=init_dconv,
         precision=precision,
         image_size=imgsz,
         batch_size=batch_size,
@@ -149,7 +152,7 @@ def export(
 
 
 def _dry_run(request: Any, steps: tuple[Any, ...], as_json: bool) -> int:
-    if request.checkpoint is not None and not request.checkpoint.is_file():
+    if request.checkpoint is not None and not request.checkpoint.exists():
         raise UsageError(f"there is no file '{request.checkpoint}'", hint="check the path of the checkpoint")
     rows = [
         {
@@ -247,23 +250,31 @@ def bench(paths: tuple[Path, ...], threads: int, as_json: bool) -> int:
 @click.argument("path", required=False, type=click.Path(path_type=Path))
 @click.option("--model", "-m", metavar="NAME", help="A bundled network.")
 @click.option("--imgsz", type=ImageSize(), metavar="H[,W]", help="Input size in pixels.")
+@click.option("--init-dconv", type=click.Choice(["zero"]), help="For experiments: a softmax network with a zero dconv.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-def inspect(path: Path | None, model: str | None, imgsz: tuple[int, int] | None, as_json: bool) -> int:
+def inspect(
+    path: Path | None,
+    model: str | None,
+    imgsz: tuple[int, int] | None,
+    init_dconv: Literal["zero"] | None,
+    as_json: bool,
+) -> int:
     """What a checkpoint or an artefact folder PATH is (without one: a bundled network)."""
     from castling_deploy import bundled, documents
     from castling_deploy.artifact import read_folder
     from castling_deploy.console import print_inspection, stderr_console
+    from castling_deploy.folder import MANIFEST
     from castling_deploy.inspection import inspect_checkpoint
 
     console = stderr_console()
-    if path is not None and path.is_dir():
+    if path is not None and (path / MANIFEST).is_file():
         if model or imgsz:
             raise UsageError("an artefact folder has its model and its size", hint="leave out --model and --imgsz")
         folder = read_folder(path)
         console.print_json(json.dumps(plain(folder.manifest)))
         document: Any = folder.manifest
     else:
-        seen = inspect_checkpoint(path or bundled.checkpoint_path(model or bundled.DEFAULT), model, imgsz)
+        seen = inspect_checkpoint(path or bundled.checkpoint_path(model or bundled.DEFAULT), model, imgsz, init_dconv)
         print_inspection(seen, console)
         document = {"schema": SCHEMA, **plain(seen), "layers": documents.layers_document(seen.layers)}
     if as_json:

@@ -97,6 +97,8 @@ def print_deployment(deployment: Deployment, console: Console) -> None:
             f"the cast changes the outputs by {number(ladder.cast_rung.rel, '.2g')} of their spread; no "
             "labelled images are known for this network, so its accuracy after the cast was not measured"
         )
+    for warning in card.warnings:
+        console.print(f"! {warning}", style="yellow")
     table = Table(show_edge=False, pad_edge=False)
     metric = ladder.task.metric
     for column in ("target", "precision", "size", "parity", "error / spread", metric, "median", "time / PyTorch"):
@@ -167,6 +169,8 @@ def print_inspection(seen: Inspection, console: Console) -> None:
         f"{card.loaded} tensors loaded; taken off: {', '.join(card.peeled) or 'nothing'}; "
         f"dropped: {len(card.dropped)}"
     )
+    for warning in card.warnings:
+        console.print(f"  ! {warning}", style="yellow")
     table = Table(show_edge=False, pad_edge=False)
     for column in ("", "parameters", "MACs"):
         table.add_column(column, justify="left" if not column else "right")

@@ -29,6 +29,8 @@ def checkpoint_document(card: ModelCard) -> dict[str, Any]:
         "peeled": card.peeled,
         "tensors": card.loaded,
         "dropped": card.dropped,
+        "init_dconv": card.init_dconv,
+        "warnings": card.warnings,
     }
 
 

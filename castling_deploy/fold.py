@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
@@ -31,7 +31,9 @@ class FoldStep:
 class Foldable(Protocol):
     """A module that knows an exact, cheaper twin of itself; its children are folded before it."""
 
-    fold_rule: ClassVar[str]
+    @property
+    def fold_rule(self) -> str:
+        """The fold's name."""
 
     def folded(self) -> nn.Module:
         """The twin; the module itself is not changed. Raises FoldError where the fold would not be exact."""

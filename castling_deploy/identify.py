@@ -13,7 +13,15 @@ from torch import nn
 from castling_deploy.card import Stated, stated
 from castling_deploy.checkpoint import Checkpoint
 from castling_deploy.errors import CheckpointError, UsageError
-from castling_deploy.models.family import FAMILIES, OFFICIAL_THRESHOLD, ModelFamily, Size, families, family_of
+from castling_deploy.models.family import (
+    FAMILIES,
+    OFFICIAL_THRESHOLD,
+    ModelFamily,
+    Size,
+    families,
+    family_of,
+    names_baseline,
+)
 from castling_deploy.models.foreign_names import in_our_names
 from castling_deploy.models.zero_dconv import with_zero_dconv
 from castling_deploy.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
@@ -43,6 +51,7 @@ class ModelCard:
     peeled: tuple[str, ...]
     loaded: int
     dropped: tuple[str, ...]
+    init_dconv: Literal["zero"] | None = None
     already_cast: bool = False
     warnings: tuple[str, ...] = ()
 
@@ -66,9 +75,8 @@ def identify(
     warnings: tuple[str, ...] = ()
     if init_dconv is not None:
         checkpoint, warnings = _with_zero_dconv(checkpoint, facts)
-    family = family_of(checkpoint.tensors)
-    threshold = OFFICIAL_THRESHOLD if facts.aux_threshold is None else facts.aux_threshold
-    config = family.config_of(checkpoint.tensors, facts.image_size or image_size, threshold)
+    family = family_of(checkpoint.tensors, softmax=model is not None and names_baseline(model))
+    config = _config(family, checkpoint, facts, image_size)
     if facts.image_size not in (None, config.image_size):
         raise CheckpointError(
             f"'{checkpoint.path}' says it takes images of {facts.image_size} pixels, its tensors are "
@@ -77,10 +85,15 @@ def identify(
         )
     tensors: Mapping[str, torch.Tensor] = checkpoint.tensors
     if image_size is not None and image_size != config.image_size:
+        native = config.image_size
         _load(family, config, tensors, checkpoint)  # before resizing: an error names the checkpoint's shapes
         tensors, config = family.resized(tensors, config, image_size)
-    name = facts.name or _published_name(family, config) or facts.architecture or _name_from(checkpoint, family)
-    if model is not None and model not in (name, family.name):
+        warnings += (
+            f"trained at {_pixels(native)} pixels and resized to {_pixels(image_size)}: not trained like this",
+        )
+    published = _published_name(family, config)
+    name = facts.name or published or facts.architecture or _name_from(checkpoint, family, config)
+    if model is not None and model not in (name, published, family.name, family.baseline):
         _refuse(model, name)
     network = _load(family, config, tensors, checkpoint)
     if facts.classes not in (None, config.classes):
@@ -108,8 +121,34 @@ def identify(
         peeled=checkpoint.peeled,
         loaded=in_file,
         dropped=checkpoint.dropped,
+        init_dconv=init_dconv,
         warnings=(*warnings, *_other_eps(network, facts)),
     )
+
+
+def _config(family: ModelFamily, checkpoint: Checkpoint, facts: Stated, image_size: Size | None) -> Any:
+    """The hyper-parameters. A size that was only asked for is taken for the checkpoint's own where nothing else tells
+    it; where shapes do tell one, the network is resized from there."""
+    threshold = OFFICIAL_THRESHOLD if facts.aux_threshold is None else facts.aux_threshold
+    try:
+        try:
+            config = family.config_of(checkpoint.tensors, facts.image_size, threshold)
+        except CheckpointError:
+            if image_size is None or facts.image_size is not None:
+                raise
+            config = family.config_of(checkpoint.tensors, image_size, threshold)
+    except (ArithmeticError, IndexError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"'{checkpoint.path}' has tensors of impossible shapes for {family.title}: {error}",
+            hint="the file is damaged, or of another network with the same names",
+        ) from None
+    if config.classes < 1:
+        raise CheckpointError(f"'{checkpoint.path}' has a classifier of no classes", hint="pass a trained classifier")
+    return config
+
+
+def _pixels(size: Size) -> str:
+    return f"{size[0]} x {size[1]}"
 
 
 def _in_our_names(checkpoint: Checkpoint) -> Checkpoint:
@@ -178,7 +217,9 @@ def _published_name(family: ModelFamily, config: Any) -> str | None:
     return next(matches, None)
 
 
-def _name_from(checkpoint: Checkpoint, family: ModelFamily) -> str:
+def _name_from(checkpoint: Checkpoint, family: ModelFamily, config: Any) -> str:
+    if config.attention == "softmax":
+        return family.baseline
     stem = re.sub(r"[^a-z0-9]+", "-", checkpoint.path.stem.lower()).strip("-")
     return stem if stem.startswith("castling") else f"{family.name}-{stem or 'custom'}"
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -41,9 +42,14 @@ class Inspection:
     rules: Mapping[str, int]
 
 
-def inspect_checkpoint(path: Path, model: str | None = None, image_size: tuple[int, int] | None = None) -> Inspection:
+def inspect_checkpoint(
+    path: Path,
+    model: str | None = None,
+    image_size: tuple[int, int] | None = None,
+    init_dconv: Literal["zero"] | None = None,
+) -> Inspection:
     """Read, cast and fold the checkpoint without exporting it. Raises CheckpointError."""
-    network, card = identify(read(path), model=model, image_size=image_size)
+    network, card = identify(read(path), model=model, image_size=image_size, init_dconv=init_dconv)
     castled = castle(network)
     steps: list[FoldStep] = []
     folded = fold(castled, steps.append)

@@ -59,7 +59,9 @@ def deploy(request: Request, progress: Progress | None = None) -> Deployment:
     plan(request)  # refuses before anything is read
     with progress.stage("read and identify the checkpoint"):
         path = request.checkpoint or bundled.checkpoint_path(request.model or bundled.DEFAULT)
-        network, card = identify(checkpoint.read(path), model=request.model, image_size=request.image_size)
+        network, card = identify(
+            checkpoint.read(path), model=request.model, image_size=request.image_size, init_dconv=request.init_dconv
+        )
     return deploy_network(request, network, card, progress)
 
 

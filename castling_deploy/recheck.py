@@ -15,6 +15,7 @@ from castling_deploy.execution import inputs_for, repeated, run_artifact
 from castling_deploy.identify import identify
 from castling_deploy.ladder import Ladder, climb
 from castling_deploy.latency import TIMED, Timing, interleaved
+from castling_deploy.models.family import family_named
 from castling_deploy.parity import TOLERANCES, Array, ParityReport, Reference, Verdict, WitnessReport
 from castling_deploy.probes import Probes, probes_for
 from castling_deploy.progress import Progress, Silent
@@ -112,7 +113,14 @@ def _golden(folder: Folder) -> tuple[npt.NDArray[np.uint8], dict[str, Array]]:
 
 def _ladder(folder: Folder, checkpoint: Path, progress: Progress) -> Ladder:
     with progress.stage("read the checkpoint and run the reference") as advance:
-        network, card = identify(read(checkpoint), image_size=folder.preprocessing.size)
+        made, init_dconv = folder.manifest["model"], folder.manifest["checkpoint"].get("init_dconv")
+        is_baseline = made["config"].get("attention") == "softmax"
+        network, card = identify(
+            read(checkpoint),
+            model=family_named(made["family"]).baseline if is_baseline else None,
+            image_size=folder.preprocessing.size,
+            init_dconv=init_dconv,
+        )
         if card.checkpoint_sha256 != folder.checkpoint_sha256:
             raise ParityError(
                 f"'{checkpoint}' is not the checkpoint that '{folder.path}' was exported from",

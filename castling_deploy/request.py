@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from castling_deploy.errors import UsageError
 from castling_deploy.target import Precision, Target, options_for, precision_for, target_named
@@ -18,6 +18,7 @@ class Request:
     targets: tuple[str, ...]
     checkpoint: Path | None = None
     model: str | None = None
+    init_dconv: Literal["zero"] | None = None
     precision: str | None = None
     image_size: tuple[int, int] | None = None
     batch_size: int = 1

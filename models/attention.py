@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 import torch
@@ -34,6 +35,23 @@ def join_heads(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def split_qkv(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(B, N, 3 C) -> q, k, v (B, H, N, D). The channels are [q | k | v], inside each [head 0 | head 1 | ...]."""
+    q, k, v = qkv.chunk(3, dim=-1)
+    return split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)
+
+
+def thirds(qkv: nn.Linear) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    """The Linears of q, k and v (rule 29)."""
+    q, k, v = torch.arange(qkv.out_features).chunk(3)
+    return rows(qkv, q), rows(qkv, k), rows(qkv, v)
+
+
+def scaled_products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """q k^T / sqrt(D): q (B, H, N', D), k (B, H, N, D) -> (B, H, N', N)."""
+    return q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+
+
 def token_conv(heads: int, kernel: int) -> nn.Conv2d:
     """A depthwise convolution along the tokens, one kernel per head: (B, H, N, D) -> (B, H, N, D)."""
     if kernel % 2 == 0:
@@ -53,64 +71,93 @@ def value_scale(tokens: int) -> float:
     return 2.0 ** math.floor(-0.5 * math.log2(tokens))
 
 
-def linear_angular(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """v / 2 + (1 / pi) q^ (k^^T v), the linear terms of the angular kernel (arXiv:2211.10526, section 3.2).
+def linear_angular(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:
+    """own / 2 + (1 / pi) q^ (k^^T v), the linear terms of the angular kernel (arXiv:2211.10526, section 3.2).
 
-    Shape: q, k (B, H, N, D) and v (B, H, N, E) -> (B, H, N, E). Linear in the number of tokens N.
+    `own` are the values of the querying tokens: v itself, unless only some tokens ask. Linear in the number of tokens.
+    Shape: q (B, H, N', D), k (B, H, N, D), v (B, H, N, E), own (B, H, N', E) -> (B, H, N', E).
     """
     state = unit(k).transpose(-2, -1) @ v  # (B, H, D, E)
-    return 0.5 * v + (1 / math.pi) * (unit(q) @ state)
+    return 0.5 * (v if own is None else own) + (1 / math.pi) * (unit(q) @ state)
 
 
 def masked_softmax(logits: torch.Tensor, threshold: float) -> torch.Tensor:
     """The auxiliary branch's weights (section 3.3): softmax, entries up to the threshold zeroed, not renormalised."""
-    weights = logits.softmax(-1)  # (B, H, N, N)
+    return masked(logits.softmax(-1), threshold)
+
+
+def masked(weights: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Weights up to the threshold zeroed."""
     return weights * (weights > threshold)
 
 
-class SplitAttention(Protocol):
-    """What the attentions of all families have in common: how x becomes q, k, v, and the branch's logits.
+# Which tokens ask: (B, H, N, E) -> (B, H, N', E).
+Selection = Callable[[torch.Tensor], torch.Tensor]
 
-    `aux_threshold` is None once the auxiliary branch is cast away.
+
+def all_tokens(x: torch.Tensor) -> torch.Tensor:
+    """Every token asks."""
+    return x
+
+
+class Attention(Protocol):
+    """What the attentions of all families have in common once x has become q, k and v.
+
+    `dconv` is None in a softmax baseline, `aux_threshold` there and once the auxiliary branch is cast away.
     """
 
     aux_threshold: float | None
-    dconv: nn.Conv2d
 
-    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x (B, N, C) -> q, k (B, H, N, D) and v (B, H, N, E)."""
+    @property
+    def dconv(self) -> nn.Conv2d | None:
+        """The token convolution."""
 
     def logits(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        """The auxiliary branch's logits (B, H, N, N)."""
+        """Those of the softmax: q (B, H, N', D), k (B, H, N, D) -> (B, H, N', N)."""
 
 
-def attend(attention: SplitAttention, x: torch.Tensor) -> torch.Tensor:
-    """N(v / 2 + q^ (k^^T v) / pi + P v) + dconv(v), heads side by side: x (B, N, C) -> (B, N, H * E)."""
-    q, k, v = attention.split(x)
-    core = linear_angular(q, k, v)
+def attend(
+    attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asking: Selection = all_tokens
+) -> torch.Tensor:
+    """N(v / 2 + q^ (k^^T v) / pi + P v) + dconv(v); in a softmax baseline softmax(logits) v.
+
+    Shape: q (B, H, N', D), k (B, H, N, D), v (B, H, N, E) -> (B, H, N', E).
+    """
+    if attention.dconv is None:
+        return attention.logits(q, k).softmax(-1) @ v
+    core = linear_angular(q, k, v, asking(v))
     if attention.aux_threshold is not None:
         core = core + masked_softmax(attention.logits(q, k), attention.aux_threshold) @ v
-    return join_heads(unit(core) + attention.dconv(v))
+    return unit(core) + asking(attention.dconv(v))
 
 
-def branch_evidence(attention: SplitAttention, x: torch.Tensor) -> CastEvidence | None:
-    """What casting the branch of this attention away loses on x (B, N, C); None where there is none."""
+def branch_evidence(
+    attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asking: Selection = all_tokens
+) -> CastEvidence | None:
+    """What casting the branch of this attention away loses; None where there is none. Shapes as in `attend`."""
     threshold = attention.aux_threshold
     if threshold is None:
         return None
-    q, k, v = attention.split(x)
-    logits = attention.logits(q, k)
-    weights = masked_softmax(logits, threshold)
-    lost = (weights @ v).norm(dim=-1)  # (B, H, N)
-    kept = linear_angular(q, k, v).norm(dim=-1).clamp_min(NORM_FLOOR)
+    softmax = attention.logits(q, k).softmax(-1)  # (B, H, N', N): 39 MB a head and image at 3136 tokens, so few copies
+    tokens, peak = softmax.shape[-1], softmax.max().item()
+    weights = masked(softmax, threshold)
+    del softmax
+    lost = (weights @ v).norm(dim=-1)  # (B, H, N')
+    kept = linear_angular(q, k, v, asking(v)).norm(dim=-1).clamp_min(NORM_FLOOR)
     return CastEvidence(
-        tokens=logits.shape[-1],
+        tokens=tokens,
         threshold=threshold,
-        mask_density=(weights > 0).double().mean().item(),
-        peak=logits.softmax(-1).max().item(),
+        mask_density=weights.count_nonzero().item() / weights.numel(),
+        peak=peak,
         contribution=(lost.square().mean() / kept.square().mean()).sqrt().item(),
         contribution_max=(lost / kept).max().item(),
     )
+
+
+def cast_before_fold(attention: Attention) -> None:
+    """Raises FoldError while the auxiliary branch is there: the folded forms have none."""
+    if attention.aux_threshold is not None:
+        raise FoldError("an auxiliary branch is still there", hint="call castle() before fold()")
 
 
 class LinearAngularAttention(nn.Module):
@@ -148,20 +195,19 @@ class LinearAngularAttention(nn.Module):
         self.dconv = token_conv(heads, kernel)
 
     def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x (B, N, C) -> q, k, v (B, H, N, D). The rows of qkv are [q | k | v], inside each [head 0 | head 1 | ...]."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        return split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
+        """x (B, N, C) -> q, k, v (B, H, N, D)."""
+        return split_qkv(self.qkv(x), self.heads)
 
     @staticmethod
     def logits(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """The auxiliary branch's logits, of q and k as they are (not normalised): (B, H, N, N)."""
-        return q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        return scaled_products(q, k)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(attend(self, x))
+        return self.proj(join_heads(attend(self, *self.split(x))))
 
     def cast_evidence(self, x: torch.Tensor) -> CastEvidence | None:
-        return branch_evidence(self, x)
+        return branch_evidence(self, *self.split(x))
 
     def castled(self) -> nn.Module:
         twin = copied(self)
@@ -170,32 +216,52 @@ class LinearAngularAttention(nn.Module):
         return twin
 
     def folded(self) -> nn.Module:
-        if self.aux_threshold is not None:
-            raise FoldError("an auxiliary branch is still there", hint="call castle() before fold()")
-        q, k, v = torch.arange(self.qkv.out_features).chunk(3)
-        return FoldedAttention(
-            rows(self.qkv, q),
-            rows(self.qkv, k),
-            rows(self.qkv, v),
-            self.dconv,
-            self.proj,
-            heads=self.heads,
-            tokens=self.tokens,
-        )
+        cast_before_fold(self)
+        return FoldedAttention(*thirds(self.qkv), self.dconv, self.proj, heads=self.heads, tokens=self.tokens)
+
+
+class SoftmaxAttention(nn.Module):
+    """ViT's softmax attention, for the softmax baseline of DeiT. Shape: (B, N, C) -> (B, N, C)."""
+
+    fold_rule: ClassVar[str] = "softmax scale into the queries"
+
+    def __init__(self, channels: int, heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(channels, 3 * channels, bias=qkv_bias)
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = split_qkv(self.qkv(x), self.heads)
+        return self.proj(join_heads(scaled_products(q, k).softmax(-1) @ v))
+
+    def folded(self) -> nn.Module:
+        query, key, value = thirds(self.qkv)
+        query = scaled(query, (query.out_features // self.heads) ** -0.5)
+        return FoldedSoftmaxAttention(query, key, value, self.proj, heads=self.heads)
+
+
+def folded_attend(
+    q: torch.Tensor, k: torch.Tensor, u: torch.Tensor, dconv: nn.Conv2d, asking: Selection = all_tokens
+) -> torch.Tensor:
+    """What `attend` computes of v = u / c after the cast, with fewer and better conditioned operations.
+
+    The last normalisation is blind to a positive factor, so v / 2 + q^ S / pi may be scaled by 2 c: with u = c v and
+    a dconv that takes 1 / c back,
+
+        y = N(u + q^ ((2 / pi) k^^T u)) + dconv(u)             (rules 11, 12 and 17 of docs/folds.md)
+
+    Without c the square sum of N(.) passes float16's 65504 at 197 tokens. `value_scale` says what c is.
+    """
+    state = unit(k, EXPORT_NORM_FLOOR).transpose(-2, -1) @ u * (2 / math.pi)  # (B, H, D, E)
+    core = asking(u) + unit(q, EXPORT_NORM_FLOOR) @ state  # (B, H, N', E)
+    return unit(core, EXPORT_NORM_FLOOR) + asking(dconv(u))
 
 
 class FoldedAttention(nn.Module):
-    """The castled attention as it is exported, the same function with fewer and better conditioned operations.
+    """The castled attention as it is exported: `folded_attend` between separate Linears.
 
-    The last normalisation is blind to a positive factor, so v / 2 + q^ S / pi may be scaled by 2 c: with u = c v
-    (folded into the value's weights; dconv takes 1 / c back),
-
-        y = N(u + q^ ((2 / pi) k^^T u)) + dconv'(u)            (rules 11, 12 and 17 of docs/folds.md)
-
-    Without c the square sum of N(.) passes float16's 65504 at 197 tokens. `value_scale` says what c is.
-    Queries, keys and values are separate Linears.
-
-    Shape: (B, N, C) -> (B, N, C_out), C_out being the output's.
+    `asking` picks the tokens that ask, from (..., N, C). Shape: (B, N, C) -> (B, N', C_out), C_out being the output's.
     """
 
     def __init__(
@@ -208,6 +274,7 @@ class FoldedAttention(nn.Module):
         *,
         heads: int,
         tokens: int | None,
+        asking: nn.Module | None = None,
     ) -> None:
         super().__init__()
         factor = 1.0 if tokens is None else value_scale(tokens)
@@ -215,13 +282,12 @@ class FoldedAttention(nn.Module):
         self.query, self.key, self.value = query, key, scaled(value, factor)
         self.dconv = scaled(dconv, 1 / factor)
         self.output = output
+        self.asking = asking or nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q = unit(split_heads(self.query(x), self.heads), EXPORT_NORM_FLOOR)
-        k = unit(split_heads(self.key(x), self.heads), EXPORT_NORM_FLOOR)
-        u = split_heads(self.value(x), self.heads)
-        core = u + q @ (k.transpose(-2, -1) @ u * (2 / math.pi))  # (B, H, N, E)
-        return self.output(join_heads(unit(core, EXPORT_NORM_FLOOR) + self.dconv(u)))
+        q = split_heads(self.query(self.asking(x)), self.heads)
+        k, u = split_heads(self.key(x), self.heads), split_heads(self.value(x), self.heads)
+        return self.output(join_heads(folded_attend(q, k, u, self.dconv, self.asking)))
 
     def after(self, affine: Affine) -> FoldedAttention:
         """The attention whose input was scaled and shifted per channel before (rule 7): q, k and v all take it."""
@@ -233,4 +299,50 @@ class FoldedAttention(nn.Module):
             self.output,
             heads=self.heads,
             tokens=None,
+            asking=self.asking,
+        )
+
+
+class FoldedSoftmaxAttention(nn.Module):
+    """Softmax attention as it is exported, the logits' scale in the query's weights (rule 22).
+
+    `bias`, if any, is added to the logits (H, N', N); `asking` picks the tokens that ask, from (..., N, C).
+    Shape: (B, N, C) -> (B, N', C_out), C_out being the output's.
+    """
+
+    def __init__(
+        self,
+        query: nn.Linear,
+        key: nn.Linear,
+        value: nn.Linear,
+        output: nn.Module,
+        *,
+        heads: int,
+        bias: torch.Tensor | None = None,
+        asking: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.output = query, key, value, output
+        self.bias = None if bias is None else nn.Buffer(bias)
+        self.asking = asking or nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = split_heads(self.query(self.asking(x)), self.heads)
+        k, v = split_heads(self.key(x), self.heads), split_heads(self.value(x), self.heads)
+        logits = q @ k.transpose(-2, -1)  # (B, H, N', N)
+        if self.bias is not None:
+            logits = logits + self.bias
+        return self.output(join_heads(logits.softmax(-1) @ v))
+
+    def after(self, affine: Affine) -> FoldedSoftmaxAttention:
+        """The attention whose input was scaled and shifted per channel before (rule 7)."""
+        return FoldedSoftmaxAttention(
+            affine_before(self.query, affine),
+            affine_before(self.key, affine),
+            affine_before(self.value, affine),
+            self.output,
+            heads=self.heads,
+            bias=self.bias,
+            asking=self.asking,
         )

@@ -15,18 +15,28 @@ from torch import nn
 
 from castling_deploy.errors import CheckpointError, FoldError, ShapeError
 from castling_deploy.fold import affine_before, layernorm_affine, mean_of_each, without_affine
-from castling_deploy.models.attention import FoldedAttention, LinearAngularAttention
+from castling_deploy.models.attention import (
+    FoldedAttention,
+    FoldedSoftmaxAttention,
+    LinearAngularAttention,
+    SoftmaxAttention,
+)
 from castling_deploy.models.family import (
     OFFICIAL_THRESHOLD,
+    AttentionKind,
     Output,
     Size,
     Tensors,
+    attention_of,
     count,
     interpolated,
     native_size,
     tensor,
+    with_baselines,
 )
 from castling_deploy.models.layers import Mlp
+
+HEAD_DIM = 64  # of every published DeiT; the tensors of a softmax network do not tell
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,7 @@ class DeiTConfig:
     qkv_bias: bool = True
     kernel: int = 9
     aux_threshold: float = OFFICIAL_THRESHOLD
+    attention: AttentionKind = "castling"
 
     @property
     def grid(self) -> Size:
@@ -74,8 +85,12 @@ class Block(nn.Module):
         super().__init__()
         tokens = config.prefix + math.prod(config.grid)
         self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
-        self.attn: nn.Module = LinearAngularAttention(
-            config.width, config.heads, config.qkv_bias, config.kernel, config.aux_threshold, tokens
+        self.attn: nn.Module = (
+            SoftmaxAttention(config.width, config.heads, config.qkv_bias)
+            if config.attention == "softmax"
+            else LinearAngularAttention(
+                config.width, config.heads, config.qkv_bias, config.kernel, config.aux_threshold, tokens
+            )
         )
         self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
         self.mlp = Mlp(config.width, config.hidden)
@@ -85,7 +100,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def folded(self) -> nn.Module:
-        assert isinstance(self.attn, FoldedAttention)
+        assert isinstance(self.attn, (FoldedAttention, FoldedSoftmaxAttention))
         twin = Block.__new__(Block)
         nn.Module.__init__(twin)
         twin.norm1, twin.attn = without_affine(self.norm1), self.attn.after(layernorm_affine(self.norm1))
@@ -186,13 +201,14 @@ def _variants() -> Mapping[str, DeiTConfig]:
         "base": DeiTConfig(width=768, heads=12, hidden=3072),
     }
     distilled = {f"{name}-distilled": replace(config, distilled=True) for name, config in sizes.items()}
-    return {f"castling-deit-{name}": config for name, config in {**sizes, **distilled}.items()}
+    return with_baselines({f"castling-deit-{name}": config for name, config in {**sizes, **distilled}.items()})
 
 
 class DeiTFamily:
     """Recognises, builds and resizes Castling-DeiT."""
 
     name = "castling-deit"
+    baseline = "deit"
     title = "Castling-DeiT"
     task = "classification"
     reference = "arXiv:2211.10526; DeiT: arXiv:2012.12877"
@@ -203,14 +219,22 @@ class DeiTFamily:
 
     def config_of(self, tensors: Tensors, image_size: Size | None, aux_threshold: float) -> DeiTConfig:
         width, channels, patch, patch_width = tensor(tensors, "patch_embed.proj.weight").shape
-        dconv = tensor(tensors, "blocks.0.attn.dconv.weight")  # (H, 1, K, 1)
+        attention = attention_of(tensors)
+        heads, kernel = width // HEAD_DIM, DeiTConfig.kernel
+        if attention == "castling":
+            heads, _, kernel, _ = tensor(tensors, "blocks.0.attn.dconv.weight").shape
+        elif width % HEAD_DIM:
+            raise CheckpointError(
+                f"{width} channels do not tell the number of heads of a softmax network",
+                hint=f"DeiT's heads have {HEAD_DIM} channels",
+            )
         distilled = "dist_token" in tensors
         patches = tensor(tensors, "pos_embed").shape[1] - (2 if distilled else 1)
         if patch != patch_width:
             raise CheckpointError(f"patches of {patch} x {patch_width} pixels are not square", hint="DeiT's are")
         return DeiTConfig(
             width=width,
-            heads=dconv.shape[0],
+            heads=heads,
             depth=count(tensors, "blocks."),
             hidden=tensor(tensors, "blocks.0.mlp.fc1.weight").shape[0],
             distilled=distilled,
@@ -219,8 +243,9 @@ class DeiTFamily:
             channels=channels,
             classes=tensor(tensors, "head.weight").shape[0],
             qkv_bias="blocks.0.attn.qkv.bias" in tensors,
-            kernel=dconv.shape[2],
+            kernel=kernel,
             aux_threshold=aux_threshold,
+            attention=attention,
         )
 
     def outputs(self, config: DeiTConfig) -> tuple[Output, ...]:

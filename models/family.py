@@ -10,8 +10,8 @@ import importlib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from castling_deploy.suggest import did_you_mean
 
 Tensors = Mapping[str, torch.Tensor]
 Size = tuple[int, int]
+AttentionKind = Literal["castling", "softmax"]  # "softmax": the network with its original attention, a baseline
 
 OFFICIAL_THRESHOLD = 0.02  # of the auxiliary branch's mask, in GATECH-EIC/Castling-ViT attention.py
 
@@ -38,10 +39,12 @@ class ModelFamily(Protocol):
     """How to recognise, build and resize the networks of one family.
 
     `variants` maps a published name to its hyper-parameters at the published input size. A configuration is a frozen
-    dataclass with at least `image_size` (height, width) in pixels, `channels`, `classes` and `aux_threshold`.
+    dataclass with at least `image_size` (height, width) in pixels, `channels`, `classes`, `aux_threshold` and
+    `attention`. `baseline` is the name of the family with its original attention.
     """
 
     name: str
+    baseline: str
     title: str
     task: str
     reference: str
@@ -67,6 +70,7 @@ class ModelFamily(Protocol):
 FAMILIES: Mapping[str, str] = {
     "castling-deit": "castling_deploy.models.deit:DeiTFamily",
     "castling-levit": "castling_deploy.models.levit:LeViTFamily",
+    "castling-mvitv2": "castling_deploy.models.mvit:MViTv2Family",
 }
 
 
@@ -84,14 +88,40 @@ def families() -> tuple[ModelFamily, ...]:
     return tuple(family_named(name) for name in FAMILIES)
 
 
-def family_of(tensors: Tensors) -> ModelFamily:
-    """The family whose tensors these are. Raises CheckpointError when there is none, or it is no Castling model."""
+def with_baselines(variants: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The variants, castling-<name>, and after them the softmax baselines, <name>."""
+    baselines = {
+        name.removeprefix("castling-"): replace(config, attention="softmax") for name, config in variants.items()
+    }
+    return {**variants, **baselines}
+
+
+def names_baseline(name: str) -> bool:
+    """Whether a model's name asks for a softmax baseline: "deit" or "deit-tiny"."""
+    return any(
+        name == family.baseline or (name in family.variants and family.variants[name].attention == "softmax")
+        for family in families()
+    )
+
+
+def attention_of(tensors: Tensors) -> AttentionKind:
+    """The kind of attention: only linear-angular attention has a token convolution."""
+    return "castling" if any(name.endswith("attn.dconv.weight") for name in tensors) else "softmax"
+
+
+def family_of(tensors: Tensors, softmax: bool = False) -> ModelFamily:
+    """The family whose tensors these are; a softmax baseline only where `softmax` allows it.
+
+    Raises CheckpointError when there is none, or it is no Castling model.
+    """
     for family in families():
         if family.recognises(tensors):
-            if not any(name.endswith("attn.dconv.weight") for name in tensors):
+            if attention_of(tensors) == "softmax" and not softmax:
+                example = next(name for name, config in family.variants.items() if config.attention == "softmax")
                 raise CheckpointError(
                     f"this is a softmax network with the names of {family.title}: it has no 'attn.dconv.weight'",
                     hint="only networks trained with linear-angular attention can be castled; "
+                    f"name it with --model (e.g. {example}) to export it as a softmax baseline; "
                     "for experiments, --init-dconv zero adds an untrained one",
                 )
             return family

@@ -3,7 +3,7 @@
 State-dict names are those of timm's LeViT; the attention adds `attn.dconv.weight`. The attention biases of a block
 enter the logits of the auxiliary branch only, so the cast drops them. How Castling treats LeViT's downsampling
 attention is not published: here it keeps its softmax, because the identity and the token convolution of linear-angular
-attention need as many queries as keys.
+attention are defined for as many queries as keys. As an option (`down="linear"`) both are taken at the queries.
 """
 
 from __future__ import annotations
@@ -12,31 +12,37 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
 
 from castling_deploy.castle import CastEvidence
-from castling_deploy.errors import FoldError, ShapeError
+from castling_deploy.errors import ShapeError
 from castling_deploy.fold import mean_of, rows, scaled
 from castling_deploy.models.attention import (
     FoldedAttention,
+    FoldedSoftmaxAttention,
     attend,
     branch_evidence,
+    cast_before_fold,
     join_heads,
+    scaled_products,
     split_heads,
     token_conv,
 )
 from castling_deploy.models.family import (
     OFFICIAL_THRESHOLD,
+    AttentionKind,
     Output,
     Size,
     Tensors,
+    attention_of,
     count,
     interpolated,
     native_size,
     tensor,
+    with_baselines,
 )
 from castling_deploy.models.layers import ConvNorm, LinearNorm, NormLinear
 from castling_deploy.rewrite import copied
@@ -49,7 +55,7 @@ class LeViTConfig:
     """Hyper-parameters; the defaults are Castling-LeViT-128S's.
 
     One entry per stage in `widths` (C), `heads` and `depths`; `key_dim` is D, values have 2 D channels per head (4 D
-    in the downsampling attention, which has C_in / D heads).
+    in the downsampling attention, which has C_in / D heads). `down` is the kind of that attention.
     """
 
     widths: tuple[int, ...] = (128, 256, 384)
@@ -62,6 +68,8 @@ class LeViTConfig:
     classes: int = 1000
     kernel: int = 9
     aux_threshold: float = OFFICIAL_THRESHOLD
+    attention: AttentionKind = "castling"
+    down: Literal["softmax", "linear"] = "softmax"
 
     @property
     def grids(self) -> tuple[Size, ...]:
@@ -96,25 +104,68 @@ def offset_index(grid: Size, stride: int = 1) -> torch.Tensor:
     return index.flatten(2).flatten(0, 1)
 
 
+class EverySecond(nn.Module):
+    """Tokens at [::2, ::2] of the grid: (..., h * w, C) -> (..., ceil(h / 2) * ceil(w / 2), C)."""
+
+    def __init__(self, grid: Size) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-2, self.grid)[..., ::2, ::2, :].flatten(-3, -2)
+
+
+def fold_rule_of(attention: Attention | AttentionDownsample) -> str:
+    """The two kinds of attention fold differently."""
+    softmax = "softmax scale into the queries; bias table gathered once"
+    return softmax if attention.dconv is None else "attention constants"
+
+
+def biased_logits(attention: Attention | AttentionDownsample, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """LeViT's logits, with a bias for every offset in the grid: (B, H, N', D), (B, H, N, D) -> (B, H, N', N)."""
+    assert attention.attention_biases is not None and attention.index is not None
+    return scaled_products(q, k) + attention.attention_biases[:, attention.index]
+
+
+def folded_form(
+    attention: Attention | AttentionDownsample,
+    query: nn.Linear,
+    key: nn.Linear,
+    value: nn.Linear,
+    asking: nn.Module | None = None,
+) -> nn.Module:
+    """The attention as it is exported, of either kind."""
+    heads, output = attention.heads, attention.proj
+    if attention.dconv is not None:
+        return FoldedAttention(
+            query, key, value, attention.dconv, output, heads=heads, tokens=attention.tokens, asking=asking
+        )
+    assert attention.attention_biases is not None
+    bias = attention.attention_biases[:, attention.index]  # (H, N', N)
+    query = scaled(query, attention.key_dim**-0.5)
+    return FoldedSoftmaxAttention(query, key, value, output, heads=heads, bias=bias, asking=asking)
+
+
 class Attention(nn.Module):
-    """LeViT's attention with linear-angular similarity, Hardswish before the projection.
+    """LeViT's attention with linear-angular similarity, Hardswish before the projection; softmax in the baseline.
 
     Values are wider than keys (2 D against D). The rows of `qkv` are, per head, [q D | k D | v 2 D].
     Shape: (B, N, C) -> (B, N, C).
     """
 
-    fold_rule: ClassVar[str] = "attention constants"
+    fold_rule = property(fold_rule_of)
+    logits = biased_logits
 
     def __init__(self, width: int, heads: int, config: LeViTConfig, grid: Size) -> None:
         super().__init__()
-        self.heads, self.key_dim = heads, config.key_dim
-        self.aux_threshold: float | None = config.aux_threshold
-        self.tokens = math.prod(grid)
+        angular = config.attention == "castling"
+        self.heads, self.key_dim, self.tokens = heads, config.key_dim, math.prod(grid)
+        self.aux_threshold = config.aux_threshold if angular else None
         self.qkv: nn.Module = LinearNorm(width, heads * 4 * config.key_dim)
         self.proj = nn.Sequential(
             OrderedDict(act=nn.Hardswish(), ln=LinearNorm(heads * 2 * config.key_dim, width, gamma=0))
         )
-        self.dconv = token_conv(heads, config.kernel)
+        self.dconv = token_conv(heads, config.kernel) if angular else None
         self.attention_biases: nn.Parameter | None = nn.Parameter(torch.zeros(heads, self.tokens))
         self.index: torch.Tensor | None = nn.Buffer(offset_index(grid), persistent=False)
 
@@ -123,108 +174,79 @@ class Attention(nn.Module):
         q, k, v = split_heads(self.qkv(x), self.heads).split([self.key_dim, self.key_dim, 2 * self.key_dim], dim=-1)
         return q, k, v
 
-    def logits(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        """The auxiliary branch's logits (B, H, N, N), with the attention biases."""
-        assert self.attention_biases is not None and self.index is not None
-        return q @ k.transpose(-2, -1) * self.key_dim**-0.5 + self.attention_biases[:, self.index]
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(attend(self, x))
+        return self.proj(join_heads(attend(self, *self.split(x))))
 
     def cast_evidence(self, x: torch.Tensor) -> CastEvidence | None:
-        return branch_evidence(self, x)
+        return branch_evidence(self, *self.split(x))
 
     def castled(self) -> nn.Module:
         twin = copied(self)
         assert isinstance(twin, Attention)
-        twin.aux_threshold = twin.attention_biases = twin.index = None
+        if twin.dconv is not None:
+            twin.aux_threshold = twin.attention_biases = twin.index = None
         return twin
 
     def folded(self) -> nn.Module:
-        if self.aux_threshold is not None:
-            raise FoldError("an auxiliary branch is still there", hint="call castle() before fold()")
+        cast_before_fold(self)
         assert isinstance(self.qkv, nn.Linear)
         index = torch.arange(self.qkv.out_features).view(self.heads, -1)  # (H, 4 D)
         q, k, v = index.split([self.key_dim, self.key_dim, 2 * self.key_dim], dim=1)
-        return FoldedAttention(
-            rows(self.qkv, q.flatten()),
-            rows(self.qkv, k.flatten()),
-            rows(self.qkv, v.flatten()),
-            self.dconv,
-            self.proj,
-            heads=self.heads,
-            tokens=self.tokens,
-        )
+        query, key, value = (rows(self.qkv, part.flatten()) for part in (q, k, v))
+        return folded_form(self, query, key, value)
 
 
 class AttentionDownsample(nn.Module):
-    """LeViT's downsampling: softmax attention whose queries are every second token of every second row.
+    """LeViT's downsampling: only every second token of every second row asks.
 
+    Softmax attention as in LeViT, or (`down="linear"`) linear-angular attention: the identity and the token
+    convolution are then taken at the tokens that ask, and the attention biases belong to the auxiliary branch.
     The rows of `kv` are, per head, [k D | v 4 D]. Shape: (B, N, C_in) -> (B, ceil(h / 2) * ceil(w / 2), C_out).
     """
 
-    fold_rule: ClassVar[str] = "softmax scale into the queries; bias table gathered once"
+    fold_rule = property(fold_rule_of)
+    logits = biased_logits
 
-    def __init__(self, width_in: int, width_out: int, key_dim: int, grid: Size) -> None:
+    def __init__(self, width_in: int, width_out: int, config: LeViTConfig, grid: Size) -> None:
         super().__init__()
+        key_dim, angular = config.key_dim, config.down == "linear"
         heads = width_in // key_dim
-        self.heads, self.key_dim, self.grid = heads, key_dim, grid
+        self.heads, self.key_dim, self.tokens = heads, key_dim, math.prod(grid)
         self.kv = LinearNorm(width_in, heads * 5 * key_dim)
+        self.asking = EverySecond(grid)
         self.q = nn.Sequential(OrderedDict(ln=LinearNorm(width_in, heads * key_dim)))
         self.proj = nn.Sequential(OrderedDict(act=nn.Hardswish(), ln=LinearNorm(heads * 4 * key_dim, width_out)))
-        self.attention_biases = nn.Parameter(torch.zeros(heads, math.prod(grid)))
-        self.index = nn.Buffer(offset_index(grid, stride=2), persistent=False)
+        self.dconv = token_conv(heads, config.kernel) if angular else None
+        self.aux_threshold = config.aux_threshold if angular else None
+        self.attention_biases: nn.Parameter | None = nn.Parameter(torch.zeros(heads, self.tokens))
+        self.index: torch.Tensor | None = nn.Buffer(offset_index(grid, stride=2), persistent=False)
+
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (B, N, C_in) -> q (B, H, N', D), k (B, H, N, D), v (B, H, N, 4 D)."""
+        k, v = split_heads(self.kv(x), self.heads).split([self.key_dim, 4 * self.key_dim], dim=-1)
+        return split_heads(self.q(self.asking(x)), self.heads), k, v
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        k, v = split_heads(self.kv(x), self.heads).split([self.key_dim, 4 * self.key_dim], dim=-1)
-        q = split_heads(self.q(every_second(x, self.grid)), self.heads)  # (B, H, N', D)
-        logits = q @ k.transpose(-2, -1) * self.key_dim**-0.5 + self.attention_biases[:, self.index]
-        return self.proj(join_heads(logits.softmax(-1) @ v))
+        return self.proj(join_heads(attend(self, *self.split(x), self.asking)))
+
+    def cast_evidence(self, x: torch.Tensor) -> CastEvidence | None:
+        return branch_evidence(self, *self.split(x), self.asking)
+
+    def castled(self) -> nn.Module:
+        twin = copied(self)
+        assert isinstance(twin, AttentionDownsample)
+        if twin.dconv is not None:
+            twin.aux_threshold = twin.attention_biases = twin.index = None
+        return twin
 
     def folded(self) -> nn.Module:
+        cast_before_fold(self)
         query, kv = self.q.ln, self.kv
         assert isinstance(query, nn.Linear) and isinstance(kv, nn.Linear)
         index = torch.arange(kv.out_features).view(self.heads, -1)  # (H, 5 D)
-        return FoldedDownsample(
-            scaled(query, self.key_dim**-0.5),
-            rows(kv, index[:, : self.key_dim].flatten()),
-            rows(kv, index[:, self.key_dim :].flatten()),
-            self.proj,
-            self.attention_biases[:, self.index],
-            heads=self.heads,
-            grid=self.grid,
-        )
-
-
-class FoldedDownsample(nn.Module):
-    """AttentionDownsample as it is exported: (B, N, C_in) -> (B, N', C_out). `bias` is (H, N', N)."""
-
-    def __init__(
-        self,
-        query: nn.Linear,
-        key: nn.Linear,
-        value: nn.Linear,
-        output: nn.Module,
-        bias: torch.Tensor,
-        *,
-        heads: int,
-        grid: Size,
-    ) -> None:
-        super().__init__()
-        self.query, self.key, self.value, self.output = query, key, value, output
-        self.bias = nn.Buffer(bias)
-        self.heads, self.grid = heads, grid
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q = split_heads(self.query(every_second(x, self.grid)), self.heads)
-        k, v = split_heads(self.key(x), self.heads), split_heads(self.value(x), self.heads)
-        weights = (q @ k.transpose(-2, -1) + self.bias).softmax(-1)  # (B, H, N', N)
-        return self.output(join_heads(weights @ v))
-
-
-def every_second(x: torch.Tensor, grid: Size) -> torch.Tensor:
-    """Tokens at [::2, ::2] of the grid: (B, h * w, C) -> (B, ceil(h / 2) * ceil(w / 2), C)."""
-    return x.unflatten(1, grid)[:, ::2, ::2].flatten(1, 2)
+        key = rows(kv, index[:, : self.key_dim].flatten())
+        value = rows(kv, index[:, self.key_dim :].flatten())
+        return folded_form(self, query, key, value, self.asking)
 
 
 def mlp(width: int) -> nn.Sequential:
@@ -252,7 +274,7 @@ class Downsample(nn.Module):
 
     def __init__(self, width_in: int, width_out: int, config: LeViTConfig, grid: Size) -> None:
         super().__init__()
-        self.attn_downsample = AttentionDownsample(width_in, width_out, config.key_dim, grid)
+        self.attn_downsample = AttentionDownsample(width_in, width_out, config, grid)
         self.mlp = mlp(width_out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -318,19 +340,22 @@ class CastlingLeViT(nn.Module):
         return twin
 
 
-VARIANTS: Mapping[str, LeViTConfig] = {
-    "castling-levit-128s": LeViTConfig(),
-    "castling-levit-128": LeViTConfig(heads=(4, 8, 12), depths=(4, 4, 4)),
-    "castling-levit-192": LeViTConfig((192, 288, 384), (3, 5, 6), (4, 4, 4), 32),
-    "castling-levit-256": LeViTConfig((256, 384, 512), (4, 6, 8), (4, 4, 4), 32),
-    "castling-levit-384": LeViTConfig((384, 512, 768), (6, 9, 12), (4, 4, 4), 32),
-}
+VARIANTS: Mapping[str, LeViTConfig] = with_baselines(
+    {
+        "castling-levit-128s": LeViTConfig(),
+        "castling-levit-128": LeViTConfig(heads=(4, 8, 12), depths=(4, 4, 4)),
+        "castling-levit-192": LeViTConfig((192, 288, 384), (3, 5, 6), (4, 4, 4), 32),
+        "castling-levit-256": LeViTConfig((256, 384, 512), (4, 6, 8), (4, 4, 4), 32),
+        "castling-levit-384": LeViTConfig((384, 512, 768), (6, 9, 12), (4, 4, 4), 32),
+    }
+)
 
 
 class LeViTFamily:
     """Recognises, builds and resizes Castling-LeViT."""
 
     name = "castling-levit"
+    baseline = "levit"
     title = "Castling-LeViT"
     task = "classification"
     reference = "arXiv:2211.10526; LeViT: arXiv:2104.01136"
@@ -341,10 +366,12 @@ class LeViTFamily:
 
     def config_of(self, tensors: Tensors, image_size: Size | None, aux_threshold: float) -> LeViTConfig:
         stages = range(count(tensors, "stages."))
-        dconv = [tensor(tensors, f"stages.{stage}.blocks.0.attn.dconv.weight") for stage in stages]  # (H, 1, K, 1)
-        heads = tuple(weight.shape[0] for weight in dconv)
+        biases = [tensor(tensors, f"stages.{stage}.blocks.0.attn.attention_biases") for stage in stages]  # (H, h * w)
+        heads = tuple(table.shape[0] for table in biases)
+        attention, kernel = attention_of(tensors), LeViTConfig.kernel
+        if attention == "castling":
+            kernel = tensor(tensors, "stages.0.blocks.0.attn.dconv.weight").shape[2]
         qkv = tensor(tensors, "stages.0.blocks.0.attn.qkv.linear.weight")  # (4 H D, C)
-        tokens = tensor(tensors, "stages.0.blocks.0.attn.attention_biases").shape[1]
         return LeViTConfig(
             widths=tuple(
                 tensor(tensors, f"stages.{stage}.blocks.0.attn.qkv.linear.weight").shape[1] for stage in stages
@@ -353,11 +380,13 @@ class LeViTFamily:
             depths=tuple(count(tensors, f"stages.{stage}.blocks.") for stage in stages),
             key_dim=qkv.shape[0] // (4 * heads[0]),
             distilled="head_dist.linear.weight" in tensors,
-            image_size=native_size(tokens, STEM_STRIDE, image_size),
+            image_size=native_size(biases[0].shape[1], STEM_STRIDE, image_size),
             channels=tensor(tensors, "stem.conv1.linear.weight").shape[1],
             classes=tensor(tensors, "head.linear.weight").shape[0],
-            kernel=dconv[0].shape[2],
+            kernel=kernel,
             aux_threshold=aux_threshold,
+            attention=attention,
+            down="linear" if "stages.1.downsample.attn_downsample.dconv.weight" in tensors else "softmax",
         )
 
     def outputs(self, config: LeViTConfig) -> tuple[Output, ...]:

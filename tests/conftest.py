@@ -28,7 +28,8 @@ def checkpoint_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
     def write(name: str) -> Path:
         path = folder / f"{name}.safetensors"
         if not path.exists():
-            metadata = {"castling": '{"image_size": [32, 48]}'} if name == "deit-distilled" else {}
+            height, width = SMALL[name][1].image_size
+            metadata = {"castling": f'{{"image_size": [{height}, {width}]}}'} if height != width else {}
             save_file({key: value.contiguous() for key, value in small(name).state_dict().items()}, path, metadata)
         return path
 

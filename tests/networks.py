@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from castling_deploy.models.deit import CastlingDeiT, DeiTConfig
 from castling_deploy.models.levit import CastlingLeViT, LeViTConfig
+from castling_deploy.models.mvit import CastlingMViTv2, MViTv2Config
 
 SMALL_DEIT = DeiTConfig(width=32, heads=2, depth=2, hidden=64, image_size=(32, 32), patch=8, classes=10)
 SMALL_DISTILLED = DeiTConfig(
     width=32, heads=2, depth=2, hidden=64, image_size=(32, 48), patch=8, classes=10, distilled=True
 )
 SMALL_LEVIT = LeViTConfig(widths=(32, 48, 64), heads=(2, 3, 4), depths=(1, 1, 1), image_size=(64, 64), classes=10)
+SMALL_MVIT = MViTv2Config(
+    widths=(16, 32, 64, 128), heads=(1, 2, 4, 8), depths=(1, 1, 2, 1), image_size=(64, 96), classes=10
+)
 SMALL = {
     "deit": (CastlingDeiT, SMALL_DEIT),
     "deit-distilled": (CastlingDeiT, SMALL_DISTILLED),
     "levit": (CastlingLeViT, SMALL_LEVIT),
+    "levit-linear": (CastlingLeViT, replace(SMALL_LEVIT, down="linear", image_size=(64, 96))),
+    "mvit": (CastlingMViTv2, SMALL_MVIT),
+}
+# The same networks with their original attention. DeiT's heads have 64 channels, which the tensors do not tell.
+BASELINES = {
+    "deit-softmax": (CastlingDeiT, replace(SMALL_DEIT, width=128, attention="softmax")),
+    "levit-softmax": (CastlingLeViT, replace(SMALL_LEVIT, attention="softmax")),
+    "mvit-softmax": (CastlingMViTv2, replace(SMALL_MVIT, attention="softmax")),
 }
 
 
@@ -41,5 +55,5 @@ def conditioned(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def small(name: str, seed: int = 0) -> nn.Module:
-    build, config = SMALL[name]
+    build, config = {**SMALL, **BASELINES}[name]
     return conditioned(build(config), seed)  # type: ignore[arg-type]

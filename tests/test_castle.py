@@ -17,9 +17,11 @@ def softmaxes(network: nn.Module) -> int:
     return sum("softmax" in str(node.target) for node in program.graph.nodes)
 
 
-@pytest.mark.parametrize(("name", "before", "after"), [("deit", 2, 0), ("levit", 5, 2)])
+@pytest.mark.parametrize(
+    ("name", "before", "after"), [("deit", 2, 0), ("levit", 5, 2), ("levit-linear", 5, 0), ("mvit", 5, 0)]
+)
 def test_eval_keeps_the_softmax_and_the_cast_removes_it(name: str, before: int, after: int) -> None:
-    """LeViT keeps the softmax of its two downsampling attentions."""
+    """LeViT keeps the softmax of its two downsampling attentions, unless they are linear too."""
     network = small(name)
     assert softmaxes(network) == before
     assert softmaxes(castle(network)) == after
