@@ -52,6 +52,7 @@ class ModelFamily(Protocol):
 FAMILIES: Mapping[str, str] = {
     "castling-deit": "castling_deploy.models.deit:DeiTFamily",
     "castling-levit": "castling_deploy.models.levit:LeViTFamily",
+    "picodet": "castling_deploy.models.picodet:PicoDetFamily",
 }
 
 

@@ -28,6 +28,9 @@ PARAMETERS = {
     "castling-levit-192": 10_947_069 + 504,
     "castling-levit-256": 18_893_876 + 648,
     "castling-levit-384": 39_128_836 + 972,
+    "picodet-s": 992_715,
+    "picodet-m": 2_152_554,
+    "picodet-l": 3_305_009,
 }
 # Multiply-accumulates of the cast network at 224 pixels, in millions.
 MACS = {"castling-deit-tiny": 1137, "castling-deit-tiny-distilled": 1143, "castling-levit-128s": 291.3}
