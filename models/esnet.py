@@ -14,7 +14,6 @@ from torch import nn
 
 from castling_deploy.fold import affine_after
 from castling_deploy.models.layers import ConvNormAct
-from castling_deploy.rewrite import copied
 
 FIRST_STAGE = 2  # the blocks are called 2_1, 2_2, ...: the first convolution counts as stage 1
 
@@ -41,10 +40,21 @@ class SqueezeExcite(nn.Module):
         conv = self.conv2.conv
         assert isinstance(conv, nn.Conv2d)
         half = torch.full((conv.out_channels,), 0.5, dtype=torch.float64)
-        twin = copied(self)
-        assert isinstance(twin, SqueezeExcite)
-        twin.conv2 = nn.Sequential(affine_after(conv, (half / 3, half)), nn.Hardtanh(0, 1))
-        return twin
+        return FoldedSqueezeExcite(self.conv1, affine_after(conv, (half / 3, half)))
+
+
+class FoldedSqueezeExcite(nn.Module):
+    """SqueezeExcite as it is exported: the gate is its second convolution cut to 0..1 (rule 28 of docs/folds.md).
+
+    Not nn.Hardtanh: torch.export leaves its default bounds out, which coremltools 9.0 and ExecuTorch 1.5.1 then miss.
+    """
+
+    def __init__(self, squeeze: nn.Module, excite: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = squeeze, excite
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.conv2(self.conv1(x.mean((2, 3), keepdim=True))).clamp(0, 1)
 
 
 class InvertedResidual(nn.Module):
@@ -58,8 +68,11 @@ class InvertedResidual(nn.Module):
         self.conv_linear = ConvNormAct(middle, width // 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        kept, x = x.chunk(2, dim=1)
-        x = self.conv_pw(x)
+        half = x.shape[1] // 2
+        kept, x = (
+            x[:, :half],
+            self.conv_pw(x[:, half:]),
+        )  # ExecuTorch 1.5.1's XNNPACK takes slices, it does not take a split
         x = self.se(torch.cat([x, self.conv_dw(x)], dim=1))  # (B, middle, H, W)
         return shuffled(torch.cat([kept, self.conv_linear(x)], dim=1))
 
