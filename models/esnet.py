@@ -69,10 +69,8 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         half = x.shape[1] // 2
-        kept, x = (
-            x[:, :half],
-            self.conv_pw(x[:, half:]),
-        )  # ExecuTorch 1.5.1's XNNPACK takes slices, it does not take a split
+        kept, x = x[:, :half], x[:, half:]  # slices: a split ends an XNNPACK delegate (ExecuTorch 1.5.1)
+        x = self.conv_pw(x)
         x = self.se(torch.cat([x, self.conv_dw(x)], dim=1))  # (B, middle, H, W)
         return shuffled(torch.cat([kept, self.conv_linear(x)], dim=1))
 
