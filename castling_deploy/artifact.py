@@ -108,8 +108,16 @@ def describe(
     )
 
 
+def _resizing(pre: Preprocessing) -> str:
+    height, width = pre.size
+    if not pre.keep_ratio:
+        return f"resize to {height} x {width} pixels ({pre.resize_kernel}), whatever the ratio"
+    cover = f"{round(height / pre.crop_fraction)} x {round(width / pre.crop_fraction)} pixels ({pre.resize_kernel})"
+    return f"resize without distortion to cover {cover}, crop the centre to {height} x {width}"
+
+
 def _readme(card: ModelCard, target: Target, precision: Precision, artifact: Artifact, parity: ParityReport) -> str:
-    pre, (height, width) = card.preprocessing, card.preprocessing.size
+    pre = card.preprocessing
     mark = "" if parity.verdict is Verdict.PASS else f"\n> **Parity: {parity.verdict}.** Do not ship this artefact.\n"
     notes = [f"- {note}" for note in (*card.warnings, *artifact.details.get("notes", ()))]
     lines = [
@@ -134,9 +142,7 @@ def _readme(card: ModelCard, target: Target, precision: Precision, artifact: Art
             f"- `{spec.name}`: {spec.dtype} {list(spec.shape)}, {spec.layout}, {spec.content}"
             for spec in artifact.inputs
         ),
-        f"- preprocessing: {pre.channel_order}; resize without distortion to cover "
-        f"{round(height / pre.crop_fraction)} x {round(width / pre.crop_fraction)} pixels ({pre.resize_kernel}), "
-        f"crop the centre to {height} x {width}"
+        f"- preprocessing: {pre.channel_order}; {_resizing(pre)}"
         + (
             "."
             if artifact.inputs[0].content == "image"

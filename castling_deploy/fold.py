@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from castling_deploy.errors import FoldError
-from castling_deploy.rewrite import rebuilt
+from castling_deploy.rewrite import copied, rebuilt
 from castling_deploy.verbs import make_callable
 
 
@@ -135,6 +135,23 @@ def affine_after(op: Weighted, affine: Affine) -> Weighted:
     scale, shift = affine
     weight = op.weight.double() * scale.view(-1, *[1] * (op.weight.ndim - 1))  # (C_out, C_in[/groups, kH, kW])
     return weighted_like(op, weight, _bias(op) * scale + shift)
+
+
+def affine_after_transposed(op: nn.ConvTranspose2d, affine: Affine) -> nn.ConvTranspose2d:
+    """A transposed convolution, then x * scale + shift per output channel, as one op (rule 1).
+
+    Its weight is (C_in, C_out / groups, kH, kW): the output channels of group g are dimension 1 of the g-th part of
+    dimension 0, so the scale goes there.
+    """
+    scale, shift = affine
+    parts = op.weight.double().unflatten(0, (op.groups, -1))  # (groups, C_in / groups, C_out / groups, kH, kW)
+    weight = (parts * scale.view(op.groups, 1, -1, 1, 1)).flatten(0, 1)
+    bias = shift if op.bias is None else op.bias.double() * scale + shift
+    twin = copied(op)
+    assert isinstance(twin, nn.ConvTranspose2d)
+    twin.weight = nn.Parameter(weight.to(op.weight.dtype), requires_grad=False)
+    twin.bias = nn.Parameter(bias.to(op.weight.dtype), requires_grad=False)
+    return twin.eval()
 
 
 def affine_before(op: nn.Linear, affine: Affine) -> nn.Linear:

@@ -113,7 +113,7 @@ def identify(
         outputs=tuple(output.name for output in family.outputs(config)),
         reference=family.reference,
         config=config,
-        preprocessing=_preprocessing(facts, config),
+        preprocessing=_preprocessing(facts, config, family),
         labels=facts.labels,
         samples=facts.samples,
         checkpoint_path=checkpoint.path.name,
@@ -218,7 +218,7 @@ def _published_name(family: ModelFamily, config: Any) -> str | None:
 
 
 def _name_from(checkpoint: Checkpoint, family: ModelFamily, config: Any) -> str:
-    if config.attention == "softmax":
+    if config.attention == "softmax" and family.baseline is not None:
         return family.baseline
     stem = re.sub(r"[^a-z0-9]+", "-", checkpoint.path.stem.lower()).strip("-")
     return stem if stem.startswith("castling") else f"{family.name}-{stem or 'custom'}"
@@ -231,7 +231,7 @@ def _refuse(model: str, name: str) -> None:
     raise UsageError(f"unknown model '{model}'", hint=did_you_mean(model, known))
 
 
-def _preprocessing(facts: Stated, config: Any) -> Preprocessing:
+def _preprocessing(facts: Stated, config: Any, family: ModelFamily) -> Preprocessing:
     gray = config.channels == 1
     mean = facts.mean or ((0.5,) if gray else IMAGENET_MEAN)
     std = facts.std or ((0.5,) if gray else IMAGENET_STD)
@@ -241,12 +241,8 @@ def _preprocessing(facts: Stated, config: Any) -> Preprocessing:
             f"{len(mean)} means and {len(std)} standard deviations",
             hint="state 'mean' and 'std' of 1 or 3 channels in the file's metadata",
         )
-    usual = Preprocessing(size=config.image_size)
-    return Preprocessing(
-        size=config.image_size,
-        mean=mean,
-        std=std,
-        resize_kernel=facts.resize_kernel or usual.resize_kernel,
-        crop_fraction=facts.crop_fraction or usual.crop_fraction,
-        channel_order="L" if gray else "RGB",
+    usual = Preprocessing(
+        size=config.image_size, mean=mean, std=std, channel_order="L" if gray else "RGB", **family.preprocessing
     )
+    stated_facts: dict[str, Any] = {"resize_kernel": facts.resize_kernel, "crop_fraction": facts.crop_fraction}
+    return replace(usual, **{name: value for name, value in stated_facts.items() if value is not None})

@@ -25,7 +25,8 @@ class Preprocessing:
 
     `size` is (height, width) of the network's input in pixels. The picture is resized so that it covers `size` /
     `crop_fraction` (0.875: for a square, the short side to 256, crop 224; facebookresearch/deit main.py). `mean` and
-    `std` have one entry per channel, in `channel_order`, for values in 0..1.
+    `std` have one entry per channel, in `channel_order`, for values in 0..1. Without `keep_ratio`, the whole picture is
+    resized to `size` and nothing is cropped (detectors).
     """
 
     size: tuple[int, int]
@@ -34,6 +35,7 @@ class Preprocessing:
     resize_kernel: str = "bicubic"
     crop_fraction: float = 0.875
     channel_order: str = "RGB"
+    keep_ratio: bool = True
 
     def resized(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """One image of any size, (h, w) or (h, w, C) uint8, to the network's own (H, W, C) uint8."""
@@ -42,6 +44,9 @@ class Preprocessing:
 
         height, width = self.size
         picture = Image.fromarray(image).convert("L" if len(self.mean) == 1 else "RGB")
+        if not self.keep_ratio:
+            squeezed = picture.resize((width, height), Image.Resampling[self.resize_kernel.upper()])
+            return np.asarray(squeezed).reshape(height, width, len(self.mean))
         scale = max(height / self.crop_fraction / picture.height, width / self.crop_fraction / picture.width)
         grown = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
         picture = picture.resize(grown, Image.Resampling[self.resize_kernel.upper()])

@@ -47,7 +47,23 @@ class Classification:
         return powers / powers.sum(axis=1, keepdims=True)
 
 
-TASKS: Mapping[str, Task] = {task.name: task for task in (Classification(),)}
+class Detection:
+    """Raw heads: scores and box distributions per level; castling_deploy.detection makes boxes of them.
+
+    No labelled scenes travel with the package yet, so there is nothing to score on.
+    """
+
+    name = "detection"
+    metric = "mAP"
+
+    def score(self, outputs: Outputs, labels: Labels | None) -> float | None:
+        return None
+
+    def derived(self, name: str, outputs: Outputs) -> npt.NDArray[np.floating] | None:
+        return None
+
+
+TASKS: Mapping[str, Task] = {task.name: task for task in (Classification(), Detection())}
 
 
 def task_named(name: str) -> Task:

@@ -35,6 +35,7 @@ def in_xnnpack_forms(program: torch.export.ExportedProgram) -> torch.export.Expo
         aten.slice.Tensor: strided_slice,
         aten.conv2d.default: column_conv,
         aten.mul.Tensor: scalar_product,
+        aten.upsample_nearest2d.vec: nearest_doubling,
     }
     return constant_prop_pass(program.run_decompositions(forms))
 
@@ -156,6 +157,16 @@ def column_conv(
     x = x.transpose(2, 3).reshape(batch, channels * columns, -1, 1)
     x = conv2d(x, weight.repeat_interleave(columns, 0), None, stride, padding, dilation, channels * columns)
     return x.reshape(batch, channels, columns, -1).transpose(2, 3)
+
+
+def nearest_doubling(x: Tensor, size: list[int] | None, scales: list[float] | None) -> Tensor:
+    """Nearest-neighbour upsampling by two, as a transposed convolution with ones: PicoDet's neck in one delegate."""
+    import torch
+
+    if not scales or list(scales) != [2.0, 2.0]:
+        return NotImplemented
+    ones = torch.ones(x.shape[1], 1, 2, 2, dtype=x.dtype)
+    return torch.nn.functional.conv_transpose2d(x, ones, stride=2, groups=x.shape[1])
 
 
 def scalar_product(x: Tensor, other: Tensor | float) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -211,6 +211,7 @@ class DeiTFamily:
     baseline = "deit"
     title = "Castling-DeiT"
     task = "classification"
+    preprocessing: Mapping[str, Any] = {}
     reference = "arXiv:2211.10526; DeiT: arXiv:2012.12877"
     variants = _variants()
 

@@ -21,7 +21,8 @@ from castling_deploy.suggest import did_you_mean
 
 Tensors = Mapping[str, torch.Tensor]
 Size = tuple[int, int]
-AttentionKind = Literal["castling", "softmax"]  # "softmax": the network with its original attention, a baseline
+# "softmax": the network with its original attention, a baseline; "none": a network without any
+AttentionKind = Literal["castling", "softmax", "none"]
 
 OFFICIAL_THRESHOLD = 0.02  # of the auxiliary branch's mask, in GATECH-EIC/Castling-ViT attention.py
 
@@ -40,15 +41,17 @@ class ModelFamily(Protocol):
 
     `variants` maps a published name to its hyper-parameters at the published input size. A configuration is a frozen
     dataclass with at least `image_size` (height, width) in pixels, `channels`, `classes`, `aux_threshold` and
-    `attention`. `baseline` is the name of the family with its original attention.
+    `attention`. `baseline` is the name of the family with its original attention, None for a family without any.
+    `preprocessing` holds the fields of Preprocessing in which the family differs from the usual.
     """
 
     name: str
-    baseline: str
+    baseline: str | None
     title: str
     task: str
     reference: str
     variants: Mapping[str, Any]
+    preprocessing: Mapping[str, Any]
 
     def recognises(self, tensors: Tensors) -> bool:
         """Whether these tensors are a network of this family."""
@@ -71,6 +74,7 @@ FAMILIES: Mapping[str, str] = {
     "castling-deit": "castling_deploy.models.deit:DeiTFamily",
     "castling-levit": "castling_deploy.models.levit:LeViTFamily",
     "castling-mvitv2": "castling_deploy.models.mvit:MViTv2Family",
+    "picodet": "castling_deploy.models.picodet:PicoDetFamily",
 }
 
 
@@ -116,7 +120,7 @@ def family_of(tensors: Tensors, softmax: bool = False) -> ModelFamily:
     """
     for family in families():
         if family.recognises(tensors):
-            if attention_of(tensors) == "softmax" and not softmax:
+            if family.baseline is not None and attention_of(tensors) == "softmax" and not softmax:
                 example = next(name for name, config in family.variants.items() if config.attention == "softmax")
                 raise CheckpointError(
                     f"this is a softmax network with the names of {family.title}: it has no 'attn.dconv.weight'",

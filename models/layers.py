@@ -83,3 +83,45 @@ class Mlp(nn.Module):
         nn.Module.__init__(twin)
         twin.fc1, twin.fc2 = affine_before(self.fc1, affine), self.fc2
         return twin
+
+
+class ConvNormAct(nn.Module):
+    """Conv2d without bias, BatchNorm2d, activation, with the names of mmcv's ConvModule (`conv`, `bn`).
+
+    The padding keeps the size at stride 1. Shape: (B, C_in, H, W) -> (B, C_out, ceil(H / stride), ceil(W / stride)).
+    """
+
+    fold_rule: ClassVar[str] = "Conv+BN"
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        kernel: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        act: type[nn.Module] = nn.Hardswish,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels_in, channels_out, kernel, stride, kernel // 2, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(channels_out)
+        self.act = act()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.bn(self.conv(x)))
+
+    def folded(self) -> nn.Module:
+        conv = affine_after(self.conv, batchnorm_affine(self.bn))
+        return conv if isinstance(self.act, nn.Identity) else nn.Sequential(conv, self.act)
+
+
+class SeparableConv(nn.Module):
+    """A depthwise and a pointwise ConvNormAct. Shape: (B, C, H, W) -> (B, C, ceil(H / stride), ceil(W / stride))."""
+
+    def __init__(self, channels: int, kernel: int, stride: int = 1) -> None:
+        super().__init__()
+        self.depthwise_conv = ConvNormAct(channels, channels, kernel, stride, groups=channels)
+        self.pointwise_conv = ConvNormAct(channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.pointwise_conv(self.depthwise_conv(x))

@@ -12,7 +12,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -358,6 +358,7 @@ class LeViTFamily:
     baseline = "levit"
     title = "Castling-LeViT"
     task = "classification"
+    preprocessing: Mapping[str, Any] = {}
     reference = "arXiv:2211.10526; LeViT: arXiv:2104.01136"
     variants = VARIANTS
 

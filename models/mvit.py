@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -462,6 +462,7 @@ class MViTv2Family:
     baseline = "mvitv2"
     title = "Castling-MViTv2"
     task = "classification"
+    preprocessing: Mapping[str, Any] = {}
     reference = "arXiv:2211.10526; MViTv2: arXiv:2112.01526"
     variants = VARIANTS
 

@@ -40,6 +40,9 @@ PUBLISHED = {
 PARAMETERS = {
     **{name: softmax for name, (softmax, _) in PUBLISHED.items()},
     **{f"castling-{name}": softmax + dconv for name, (softmax, dconv) in PUBLISHED.items()},
+    "picodet-s": 992_715,
+    "picodet-m": 2_152_554,
+    "picodet-l": 3_305_009,
 }
 # Multiply-accumulates at 224 pixels, in millions: of the cast network, and of the softmax baseline.
 MACS = {
