@@ -4,8 +4,8 @@
     folded = castling_deploy.fold(castling_deploy.castle(network))
     result = castling_deploy.export(network, target="coreml", precision="fp16")
     castling_deploy.verify(result.path)
-    with castling_deploy.open(result.path) as model:               # numpy in, numpy out, whatever the target
-        outputs = model(images)
+    model = castling_deploy.open(result.path)                      # numpy in, numpy out, whatever the target
+    logits = model(images)
 
 Importing this package imports neither torch nor a toolchain; the first call does.
 """

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,17 @@ from torch import nn
 
 from castling_deploy import bundled, pipeline, recheck
 from castling_deploy import checkpoint as reading
-from castling_deploy.artifact import Folder, read_folder
+from castling_deploy.artifact import read_folder
 from castling_deploy.castle import castle as castled
-from castling_deploy.errors import ParityError, TargetUnavailableError
+from castling_deploy.errors import ParityError, ShapeError, TargetUnavailableError
 from castling_deploy.execution import inputs_for, run_artifact
 from castling_deploy.fold import fold as folded
 from castling_deploy.identify import ModelCard, identify
 from castling_deploy.parity import Array, Verdict
 from castling_deploy.probes import Probes
+from castling_deploy.quiet import toolchain
 from castling_deploy.request import Request
-from castling_deploy.target import Session, target_named
-from castling_deploy.verification import opened
+from castling_deploy.target import target_named
 
 benchmark = recheck.benchmark
 verify = recheck.verify
@@ -35,6 +34,8 @@ def load(
 ) -> nn.Module:
     """The network of a checkpoint (without one: the bundled `model`) in training form, its card as `.card`.
 
+    A network whose weights are changed afterwards is exported as one of no checkpoint.
+
     Shape: (B, C, H, W) -> logits (B, classes). Raises CheckpointError.
     """
     source = bundled.checkpoint_path(model or bundled.DEFAULT) if path is None else path
@@ -44,7 +45,8 @@ def load(
 
 def castle(model: nn.Module) -> nn.Module:
     """A new network without auxiliary branches; `model` is not changed. See castle.py."""
-    return _carrying(castled(model), _card(model))
+    card = _card(model)
+    return _carrying(castled(model), card and replace(card, already_cast=True))
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -91,42 +93,79 @@ def export(
     return result
 
 
-@dataclass(frozen=True)
 class Model:
-    """An artefact that is open: call it with images."""
+    """An artefact that is open: call it with images, whatever its target. `close` it, or use it in a `with` block."""
 
-    folder: Folder
-    session: Session
+    def __init__(self, path: str | Path, threads: int = 1) -> None:
+        self.folder = read_folder(Path(path))
+        self._stack = ExitStack()
+        with toolchain(f"{self.folder.target}: the artefact does not load"):
+            target = target_named(self.folder.target)
+            self._session = self._stack.enter_context(target.load(self.folder.path, threads=threads))
+        self.witness = self._session.witness
 
-    def __call__(self, images: npt.NDArray[np.uint8]) -> dict[str, Array]:
-        """(B, H, W, C) uint8 images at the network's size -> outputs by name, B first. Raises ShapeError.
+    def __call__(self, images: npt.NDArray[np.generic]) -> Array:
+        """The network's first output, B first (a classifier's logits); see `outputs`."""
+        return self.outputs(images)[self.folder.artifact.outputs[0].name]
 
-        The artefact's preprocessing is applied where the artefact does not do it itself, and any B is cut to the
-        artefact's own batch.
+    def outputs(self, images: npt.NDArray[np.generic]) -> dict[str, Array]:
+        """Every output by name, B first. Raises ShapeError.
+
+        `images` are (B, H, W, C) uint8 pixels at the network's size, or what the artefact itself takes: (B, C, H, W)
+        float32, normalised. Any B is cut to the artefact's own batch.
         """
-        probes = Probes(self.folder.preprocessing, images, real=len(images), extremes=0, labels=None)
-        return run_artifact(self.session, self.folder.artifact, inputs_for(self.folder.artifact.inputs[0], probes))
+        (spec,) = self.folder.artifact.inputs
+        inputs = images
+        if images.dtype == np.uint8:
+            inputs = inputs_for(spec, Probes.of(images.astype(np.uint8), self.folder.preprocessing))
+        if inputs.shape[1:] != spec.shape[1:] or inputs.dtype != spec.dtype:
+            raise ShapeError(
+                f"images are {images.dtype} {images.shape}, the artefact takes {spec.dtype} (B, *{spec.shape[1:]})",
+                hint="pass uint8 pixels (B, H, W, C) at the network's size, and they are normalised as they have to be",
+            )
+        with toolchain(f"{self.folder.target}: the artefact does not run"):
+            return run_artifact(self._session, self.folder.artifact, inputs)
+
+    def close(self) -> None:
+        """Free the runtime. A closed model cannot be called."""
+        self._stack.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
-@contextmanager
-def open(path: str | Path, *, threads: int = 1) -> Iterator[Model]:
-    """The artefact of a folder, ready to be called, whatever its target: `with open(path) as model: model(images)`."""
-    folder = read_folder(Path(path))
-    with opened(target_named(folder.target), folder.path, threads) as session:
-        yield Model(folder, session)
+def open(path: str | Path, *, threads: int = 1) -> Model:
+    """The artefact of a folder, ready to be called, whatever its target. Raises UsageError, ExportError."""
+    return Model(path, threads)
 
 
 def _carrying(network: nn.Module, card: ModelCard | None) -> nn.Module:
-    network.card = card  # type: ignore[assignment]  # nn.Module types its attributes as tensors and modules
+    network.card, network.fingerprint = card, _fingerprint(network)  # type: ignore[assignment]  # no tensors or modules
     return network
 
 
 def _card(network: nn.Module) -> ModelCard | None:
     card = getattr(network, "card", None)
-    return card if isinstance(card, ModelCard) else None
+    if not isinstance(card, ModelCard):
+        return None
+    if network.fingerprint == _fingerprint(network):
+        return card
+    return replace(card, checkpoint_path=None, checkpoint_sha256=None)
+
+
+def _fingerprint(network: nn.Module) -> tuple[float, ...]:
+    """One number per tensor: whether weights were changed since, not a hash against forgers."""
+    return tuple(
+        tensor.double().norm().item() + tensor.double().sum().item() for tensor in network.state_dict().values()
+    )
 
 
 def _card_from_weights(network: nn.Module) -> ModelCard:
     """The card of a network that somebody built: its family is recognised like a checkpoint's."""
     tensors = {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
-    return identify(reading.Checkpoint(Path("in-memory"), None, tensors))[1]
+    config = getattr(network, "config", None)
+    facts = {"image_size": list(config.image_size), "aux_threshold": config.aux_threshold} if config else {}
+    return identify(reading.Checkpoint(Path("in-memory"), None, tensors, card=facts))[1]

@@ -17,9 +17,12 @@ from castling_deploy import documents
 from castling_deploy.errors import UsageError
 from castling_deploy.folder import MANIFEST, files_in, sha256
 from castling_deploy.identify import ModelCard
+from castling_deploy.inspection import parameters
 from castling_deploy.ladder import Ladder
 from castling_deploy.latency import LatencyReport
-from castling_deploy.parity import ParityReport, Verdict
+from castling_deploy.models.family import family_named
+from castling_deploy.parity import TOLERANCES, ParityReport, Verdict
+from castling_deploy.plain import SCHEMA, plain
 from castling_deploy.preprocessing import Preprocessing
 from castling_deploy.target import Artifact, Network, Precision, Target, TensorSpec
 
@@ -33,7 +36,10 @@ def network_for(card: ModelCard, folded: nn.Module, batch_size: int) -> Network:
         name=card.name,
         module=folded,
         inputs=(TensorSpec("image", (batch_size, card.config.channels, height, width), "float32", "NCHW"),),
-        outputs=(TensorSpec("logits", (batch_size, card.config.classes), "float32", "NC"),),
+        outputs=tuple(
+            TensorSpec(output.name, (batch_size, *output.shape), "float32", "N" + output.layout)
+            for output in family_named(card.family).outputs(card.config)
+        ),
         preprocessing=card.preprocessing,
         labels=card.labels,
         description=f"{card.name}: a {card.family} network ({card.reference}), auxiliary branch cast away, "
@@ -44,7 +50,7 @@ def network_for(card: ModelCard, folded: nn.Module, batch_size: int) -> Network:
             "reference": card.reference,
             "checkpoint_sha256": card.checkpoint_sha256 or "none",
             "castling_deploy": version("castling-deploy"),
-            "preprocessing": json.dumps(documents.plain(card.preprocessing)),
+            "preprocessing": json.dumps(plain(card.preprocessing)),
             "labels": json.dumps(card.labels),
         },
     )
@@ -71,7 +77,8 @@ def describe(
     golden.mkdir()
     count = min(GOLDEN_IMAGES, ladder.probes.real)
     np.save(golden / "images.npy", ladder.probes.images[:count])
-    np.save(golden / "logits.npy", ladder.reference.outputs[:count])
+    for name, values in ladder.outputs.items():
+        np.save(golden / f"{name}.npy", values[:count])
     documents.write(folder / "parity.json", documents.parity_document(parity, ladder))
     if latency is not None:
         documents.write(folder / "latency.json", documents.latency_document(latency))
@@ -79,14 +86,14 @@ def describe(
     documents.write(
         folder / MANIFEST,
         {
-            "schema": documents.SCHEMA,
-            "model": documents.model_document(card, parameters(ladder.folded)),
+            "schema": SCHEMA,
+            "model": documents.model_document(card, parameters(ladder.castled)),
             "checkpoint": documents.checkpoint_document(card),
             "target": target.name,
             "precision": precision,
             "options": options,
             "parity": parity.verdict,
-            "noise_rel": ladder.reference.noise,
+            "noise_rel": {name: reference.noise for name, reference in ladder.references.items()},
             "inputs": artifact.inputs,
             "outputs": artifact.outputs,
             "preprocessing": card.preprocessing,
@@ -101,14 +108,10 @@ def describe(
     )
 
 
-def parameters(network: nn.Module) -> int:
-    """Number of weights, constants included."""
-    return sum(tensor.numel() for tensor in [*network.parameters(), *network.buffers()])
-
-
 def _readme(card: ModelCard, target: Target, precision: Precision, artifact: Artifact, parity: ParityReport) -> str:
     pre, (height, width) = card.preprocessing, card.preprocessing.size
     mark = "" if parity.verdict is Verdict.PASS else f"\n> **Parity: {parity.verdict}.** Do not ship this artefact.\n"
+    notes = [f"- {note}" for note in artifact.details.get("notes", ())]
     lines = [
         f"# {card.name} for {target.name}, {precision}",
         mark,
@@ -123,14 +126,17 @@ def _readme(card: ModelCard, target: Target, precision: Precision, artifact: Art
             lines.append(f"| {seen.witness.name} | {seen.witness.kind} | {output.name} | {rel} | {output.verdict} |")
     lines += [
         "",
+        *notes,
+        *([""] if notes else []),
         "## Input",
         "",
         *(
             f"- `{spec.name}`: {spec.dtype} {list(spec.shape)}, {spec.layout}, {spec.content}"
             for spec in artifact.inputs
         ),
-        f"- preprocessing: {pre.channel_order}; resize the short side to "
-        f"{round(min(height, width) / pre.crop_fraction)} ({pre.resize_kernel}), crop the centre to {height} x {width}"
+        f"- preprocessing: {pre.channel_order}; resize without distortion to cover "
+        f"{round(height / pre.crop_fraction)} x {round(width / pre.crop_fraction)} pixels ({pre.resize_kernel}), "
+        f"crop the centre to {height} x {width}"
         + (
             "."
             if artifact.inputs[0].content == "image"
@@ -138,7 +144,7 @@ def _readme(card: ModelCard, target: Target, precision: Precision, artifact: Art
         ),
         "- outputs: " + ", ".join(f"`{spec.name}` {list(spec.shape)}" for spec in artifact.outputs),
         "",
-        "`golden/images.npy` holds real images at the network's size, `golden/logits.npy` what the PyTorch "
+        "`golden/images.npy` holds real images at the network's size, the other files beside it what the PyTorch "
         "reference says of them.",
         "",
         "## Loading it",
@@ -154,15 +160,17 @@ def _readme(card: ModelCard, target: Target, precision: Precision, artifact: Art
 
 @dataclass(frozen=True)
 class Folder:
-    """An artefact folder that was read back, and its manifest as it stands on disk."""
+    """An artefact folder that was read back, and its manifest as it stands on disk; `verdict` is that of its export."""
 
     path: Path
     manifest: Mapping[str, Any]
     target: str
     precision: Precision
+    verdict: Verdict
     artifact: Artifact
     preprocessing: Preprocessing
-    noise: float
+    task: str
+    noise: Mapping[str, float]
     checkpoint_sha256: str | None
     files: Mapping[str, str]
 
@@ -185,9 +193,9 @@ def read_folder(path: Path) -> Folder:
             hint="name a folder that `castling export` wrote",
         ) from None
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
-    if schema != documents.SCHEMA:
+    if schema != SCHEMA:
         raise UsageError(
-            f"'{path}' has a manifest of schema {schema}, this version reads schema {documents.SCHEMA}",
+            f"'{path}' has a manifest of schema {schema}, this version reads schema {SCHEMA}",
             hint="use the castling-deploy that wrote it",
         )
     try:
@@ -200,17 +208,22 @@ def read_folder(path: Path) -> Folder:
             usage="",
             details=manifest["details"],
         )
+        precision = Precision(manifest["precision"])
+        if precision not in TOLERANCES:
+            raise ValueError(f"nothing is built in {precision}")
         preprocessing: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in manifest["preprocessing"].items()
         }
         return Folder(
             path,
             manifest,
-            manifest["target"],
-            Precision(manifest["precision"]),
+            str(manifest["target"]),
+            precision,
+            Verdict(manifest["parity"]),
             artifact,
             Preprocessing(**preprocessing),
-            float(manifest["noise_rel"]),
+            str(manifest["model"]["task"]),
+            {str(name): float(noise) for name, noise in manifest["noise_rel"].items()},
             manifest["checkpoint"]["sha256"],
             dict(manifest["files"]),
         )

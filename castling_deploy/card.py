@@ -1,4 +1,5 @@
-"""What a checkpoint says of itself: the `castling` entry of a safetensors file's metadata, checked before use."""
+"""What a checkpoint says of itself, checked before use: the `castling` entry of a safetensors file's metadata, or what
+a hub folder's config.json says."""
 
 from __future__ import annotations
 
@@ -15,9 +16,17 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 @dataclass(frozen=True)
 class Stated:
-    """Facts that shapes do not tell; None where the file says nothing."""
+    """Facts that shapes do not tell (`classes` they do: it has to agree); None where the file says nothing.
+
+    `architecture` is a hub's word for the network, used as a name where there is no better one; `heads` counts only
+    for a network whose tensors do not tell (softmax DeiT); `layer_norm_eps` is compared with the family's.
+    """
 
     name: str | None = None
+    architecture: str | None = None
+    classes: int | None = None
+    heads: int | None = None
+    layer_norm_eps: float | None = None
     labels: tuple[str, ...] | None = None
     samples: str | None = None
     image_size: tuple[int, int] | None = None
@@ -34,6 +43,10 @@ def stated(entry: Any) -> Stated:
         raise _damaged("it is no object")
     checks: dict[str, Callable[[Any], bool]] = {
         "name": lambda value: isinstance(value, str) and NAME.fullmatch(value) is not None,
+        "architecture": lambda value: isinstance(value, str) and NAME.fullmatch(value) is not None,
+        "classes": lambda value: isinstance(value, int) and value > 0,
+        "heads": lambda value: isinstance(value, int) and value > 0,
+        "layer_norm_eps": lambda value: _number(value) and value > 0,
         "labels": lambda value: isinstance(value, list) and all(isinstance(label, (str, int)) for label in value),
         "samples": lambda value: isinstance(value, str),
         "image_size": lambda value: _numbers(value, 2) and all(isinstance(side, int) and side > 0 for side in value),
@@ -66,6 +79,6 @@ def _numbers(value: Any, count: int | None = None) -> bool:
 
 def _damaged(what: str) -> CheckpointError:
     return CheckpointError(
-        f"the checkpoint's 'castling' metadata cannot be used: {what}",
-        hint="mend the metadata, or save the tensors without it",
+        f"what the checkpoint says of itself cannot be used: {what}",
+        hint="mend its metadata or config.json, or save the tensors without",
     )

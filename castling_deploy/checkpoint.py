@@ -1,48 +1,29 @@
-"""Reading a checkpoint: a file becomes named tensors. Never runs code that a file brings along."""
+"""Reading a checkpoint: a file or a folder becomes named tensors. Never runs code that a file brings along."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy._core.multiarray import scalar as numpy_scalar
 
+from castling_deploy.containers import is_bookkeeping, unwrapped
 from castling_deploy.errors import CheckpointError
-
-# What trainers save beside tensors, and what is harmless to rebuild: timm's and facebook's `args`, metrics as numpy
-# scalars. Everything else a pickle may name is refused by torch itself (weights_only).
-HARMLESS: list[Any] = [
-    argparse.Namespace,
-    numpy_scalar,
-    np.dtype,
-    type(np.dtype("float64")),
-    type(np.dtype("float32")),
-    type(np.dtype("int64")),
-]
-# Where trainers put the weights, best first: an average of the weights is what its trainer evaluated.
-CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model_state", "model")
-# Components that wrappers add to every name: DDP, torch.compile (also in the middle of a name).
-WRAPPERS = ("module", "_orig_mod")
-# Attributes that hold the network inside a training module, taken off only where all names have them.
-ATTRIBUTES = ("model.", "net.", "backbone.", "encoder.")
-# Bookkeeping that is no weight.
-DROPPED_ENDINGS = ("num_batches_tracked", "attention_bias_idxs", "relative_position_index", "n_averaged")
+from castling_deploy.hub_folder import Folder, listed
+from castling_deploy.torch_file import read_torch_file
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Named tensors of a file (`sha256` None: not from one).
+    """Named tensors of a file or folder (`sha256` None: of neither).
 
     `peeled` says which wrappers were taken off, `dropped` which entries are no weights, `card` what the file says of
-    itself (unchecked, see card.py).
+    itself (unchecked, see card.py). The `sha256` of a folder with one weight file is that file's; of several it is the
+    one of the lines that `sha256sum` prints for them, in the order of their names.
     """
 
     path: Path
@@ -54,33 +35,51 @@ class Checkpoint:
 
 
 def read(path: str | Path) -> Checkpoint:
-    """The checkpoint at `path`: safetensors, or a torch file read with `weights_only`. Raises CheckpointError."""
+    """The checkpoint at `path`: safetensors, a torch file (read with `weights_only`), or a hub folder of either.
+
+    Raises CheckpointError.
+    """
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"there is no file '{path}'", hint="check the path of the checkpoint")
-    if path.is_dir():
-        raise CheckpointError(
-            f"'{path}' is a folder, not a checkpoint file", hint="name the .safetensors or .pth file inside it"
-        )
     try:
-        digest = _sha256(path)
-        content, card = _safetensors(path) if _is_safetensors(path) else (_torch_file(path), {})
+        folder = listed(path) if path.is_dir() else Folder((path,), None, {})
+        digests = [_sha256(file) for file in folder.files]
+        contents = [_content(file) for file in folder.files]
     except OSError as error:
         raise CheckpointError(
-            f"'{path}' cannot be read: {error.strerror}", hint="check the file's permissions"
+            f"'{error.filename or path}' cannot be read: {error.strerror}", hint="check the file's permissions"
         ) from None
-    tensors, peeled = _unwrapped(content, path)
-    kept = {name: value for name, value in tensors.items() if not _is_bookkeeping(name)}
+    tensors, peeled = unwrapped(folder.merged([content for content, _ in contents]), path)
+    card = contents[0][1]
+    kept = {name: value for name, value in tensors.items() if not is_bookkeeping(name)}
     widened = {name: _as_float32(name, value, path) for name, value in kept.items()}
     half = {str(value.dtype).removeprefix("torch.") for value in kept.values() if value.dtype != torch.float32}
     if half:
         peeled.append(f"{' and '.join(sorted(half))} weights widened to float32")
-    return Checkpoint(path, digest, widened, tuple(peeled), tuple(name for name in tensors if name not in kept), card)
+    return Checkpoint(
+        path=path,
+        sha256=digests[0] if len(digests) == 1 else _sha256_of_all(folder.files, digests),
+        tensors=widened,
+        peeled=tuple(peeled),
+        dropped=tuple(name for name in tensors if name not in kept),
+        card={**folder.card, **card} if isinstance(card, Mapping) else card,
+    )
+
+
+def _content(path: Path) -> tuple[Any, Any]:
+    """What the file holds, and what it says of itself."""
+    return _safetensors(path) if _is_safetensors(path) else (read_torch_file(path), {})
 
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of_all(files: tuple[Path, ...], digests: list[str]) -> str:
+    lines = "".join(f"{digest}  {file.name}\n" for file, digest in zip(files, digests, strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -89,7 +88,7 @@ def _is_safetensors(path: Path) -> bool:
     return path.suffix == ".safetensors" or (len(head) == 9 and head[8:] == b"{" and head[:2] != b"PK")
 
 
-def _safetensors(path: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
+def _safetensors(path: Path) -> tuple[dict[str, Any], Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -101,79 +100,6 @@ def _safetensors(path: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
         raise CheckpointError(
             f"'{path}' is no complete safetensors file: {error}", hint="the file is damaged or cut short; copy it again"
         ) from None
-
-
-def _torch_file(path: Path) -> Any:
-    with open(path, "rb") as file:
-        head = file.read(2)
-    if head not in (b"PK", b"\x80\x02") and head[:1] != b"\x80":
-        raise CheckpointError(
-            f"'{path}' is no checkpoint: neither safetensors nor a torch file",
-            hint="pass the file that the trainer saved (.safetensors, .pth, .pt, .ckpt)",
-        )
-    try:
-        with torch.serialization.safe_globals(HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises RuntimeError, EOFError, UnpicklingError, KeyError, ... on damaged files
-        offenders = _offenders(path, error)
-        if offenders:
-            raise CheckpointError(
-                f"'{path}' wants to run code when it is read, and was not: {', '.join(offenders)}",
-                hint="where you trust its maker, load it there and save model.state_dict() as safetensors",
-            ) from None
-        raise CheckpointError(
-            f"'{path}' is no complete torch file: {str(error).splitlines()[0][:160]}",
-            hint="the file is damaged or cut short; copy it again",
-        ) from None
-
-
-def _offenders(path: Path, error: Exception) -> list[str]:
-    """Names that the pickle would import, found without running it; empty where it would import none."""
-    named = re.findall(r"(?i)unsupported (?:global|class|operand)[: ]*([\w.]+)", str(error))
-    try:
-        with torch.serialization.safe_globals(HARMLESS):
-            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)) or named
-    except Exception:  # no zip archive, or one that is cut short: torch's first error has to do
-        return named
-
-
-def _unwrapped(content: Any, path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The tensors inside the trainer's containers, with wrapper prefixes off, and what was taken off."""
-    peeled: list[str] = []
-    while isinstance(content, Mapping):
-        inside = [key for key in CONTAINERS if isinstance(content.get(key), Mapping) and content[key]]
-        if not inside:
-            break
-        content = content[inside[0]]
-        peeled.append(f"container '{inside[0]}'")
-    if not isinstance(content, Mapping) or not content:
-        raise CheckpointError(
-            f"'{path}' holds a {type(content).__name__}, not a network's tensors",
-            hint="save model.state_dict(), not the model or something else",
-        )
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
-    if not tensors:
-        raise CheckpointError(f"'{path}' holds no tensors", hint=f"looked at the top and in: {', '.join(CONTAINERS)}")
-    before = None
-    while before != tensors.keys():
-        before = tensors.keys()
-        for wrapper in WRAPPERS:
-            if any(wrapper in name.split(".") for name in tensors):
-                tensors = {
-                    ".".join(part for part in name.split(".") if part != wrapper): value
-                    for name, value in tensors.items()
-                }
-                peeled.append(f"prefix '{wrapper}.'")
-        for attribute in ATTRIBUTES:
-            weights = [name for name in tensors if not _is_bookkeeping(name)]
-            if weights and all(name.startswith(attribute) for name in weights):
-                tensors = {name.removeprefix(attribute): value for name, value in tensors.items()}
-                peeled.append(f"prefix '{attribute}'")
-    return tensors, peeled
-
-
-def _is_bookkeeping(name: str) -> bool:
-    return name.endswith(DROPPED_ENDINGS) or name.startswith("ema_")
 
 
 def _as_float32(name: str, value: torch.Tensor, path: Path) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from castling_deploy.errors import CastlingError, InconclusiveError, ParityError, TargetUnavailableError, UsageError
+from castling_deploy.plain import SCHEMA, plain
 from castling_deploy.target import ALIASES, TARGETS, target_named
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -30,8 +31,8 @@ class ImageSize(click.ParamType[tuple[int, int]]):
     name = "H[,W]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        parts = str(value).replace("x", ",").split(",")
-        if len(parts) not in (1, 2) or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        parts = [part.strip() for part in str(value).replace("x", ",").split(",")]
+        if len(parts) not in (1, 2) or not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
             self.fail(f"'{value}' is no image size; write 224 or 224,320", param, ctx)
         sides = [int(part) for part in parts]
         return sides[0], sides[-1]
@@ -43,7 +44,7 @@ def castling() -> None:
     """Takes a trained Castling-ViT to phones, browsers and GPUs, and proves what it ships.
 
     Exit codes: 0 ok, 1 internal failure, 2 bad input or usage, 3 parity failed, 4 target not available here,
-    5 parity inconclusive.
+    5 parity inconclusive, 130 interrupted.
     """
 
 
@@ -77,7 +78,9 @@ def castling() -> None:
 )
 @click.option("--overwrite", is_flag=True, help="Replace an artefact folder of the same name.")
 @click.option("--benchmark/--no-benchmark", default=True, show_default=True, help="Measure latency.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the noise among the compared inputs.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the noise among the compared inputs."
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def export(
@@ -130,7 +133,7 @@ def export(
 
     progress = StderrProgress()
     progress.console.print(
-        f"[bold]castling export[/] {checkpoint or 'the bundled ' + (model or 'network')} "
+        f"castling export {checkpoint or 'the bundled ' + (model or 'network')} "
         f"to {', '.join(step.target.name for step in steps)}"
     )
     deployment = deploy(request, progress)
@@ -146,21 +149,24 @@ def export(
 
 
 def _dry_run(request: Any, steps: tuple[Any, ...], as_json: bool) -> int:
+    if request.checkpoint is not None and not request.checkpoint.is_file():
+        raise UsageError(f"there is no file '{request.checkpoint}'", hint="check the path of the checkpoint")
     rows = [
         {
             "target": step.target.name,
             "precision": step.precision.value,
-            "options": repr(step.options),
+            "options": plain(step.options),
             "available": step.target.missing() is None,
         }
         for step in steps
     ]
     if as_json:
-        _print_json({"schema": 1, "dry_run": rows, "output": str(request.output)})
+        _print_json({"schema": SCHEMA, "dry_run": rows, "output": str(request.output)})
     for row in rows:
         state = "" if row["available"] else "  (not available here, see castling doctor)"
         click.echo(
-            f"would export {row['target']} {row['precision']} {row['options']} into {request.output}{state}", err=True
+            f"would export {row['target']} {row['precision']} {row['options'] or ''} into {request.output}{state}",
+            err=True,
         )
     return 0
 
@@ -172,7 +178,7 @@ def _dry_run(request: Any, steps: tuple[Any, ...], as_json: bool) -> int:
 def verify(path: Path, checkpoint: Path | None, as_json: bool) -> int:
     """Check an artefact folder: its files, its golden outputs, and its parity with a checkpoint."""
     from castling_deploy import documents
-    from castling_deploy.console import MARKS, StderrProgress, number
+    from castling_deploy.console import StderrProgress, marked, number
     from castling_deploy.parity import Verdict
     from castling_deploy.recheck import verify as recheck
 
@@ -184,22 +190,27 @@ def verify(path: Path, checkpoint: Path | None, as_json: bool) -> int:
     for title, report in reports:
         for output in report.outputs:
             progress.console.print(
-                f"{title}: {output.name} {MARKS[output.verdict]}, error / spread "
+                f"{title}: {output.name} {marked(output.verdict)}, error / spread "
                 f"{number(output.rel, '.1e')}, by {report.witness.name} ({report.witness.kind})"
             )
     if as_json:
         _print_json(
             {
-                "schema": documents.SCHEMA,
+                "schema": SCHEMA,
                 "path": str(path),
                 "verdict": seen.verdict,
-                "golden": seen.golden,
-                "parity": seen.parity,
+                "exported": seen.folder.verdict,
+                "golden": documents.witness_document(seen.golden),
+                "parity": documents.parity_document(seen.parity, seen.ladder) if seen.parity and seen.ladder else None,
             }
         )
-    return {Verdict.PASS: 0, Verdict.FAIL: ParityError.exit_code, Verdict.INCONCLUSIVE: InconclusiveError.exit_code}[
-        seen.verdict
-    ]
+    if seen.parity is None and seen.folder.verdict is not Verdict.PASS:
+        progress.console.print(f"at its export, the verdict was {marked(seen.folder.verdict)}")
+    if seen.verdict is Verdict.FAIL:
+        raise ParityError(f"'{path}' does not compute what it has to", hint="do not ship it; export it again")
+    if seen.verdict is Verdict.INCONCLUSIVE:
+        raise InconclusiveError(f"the comparison of '{path}' has too little power", hint="see its parity.json")
+    return 0
 
 
 @castling.command(context_settings=CONTEXT)
@@ -228,7 +239,7 @@ def bench(paths: tuple[Path, ...], threads: int, as_json: bool) -> int:
             err=True,
         )
     if as_json:
-        _print_json({"schema": 1, "latency": rows})
+        _print_json({"schema": SCHEMA, "latency": rows})
     return 0
 
 
@@ -239,22 +250,22 @@ def bench(paths: tuple[Path, ...], threads: int, as_json: bool) -> int:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def inspect(path: Path | None, model: str | None, imgsz: tuple[int, int] | None, as_json: bool) -> int:
     """What a checkpoint or an artefact folder PATH is (without one: a bundled network)."""
-    from rich.console import Console
-
     from castling_deploy import bundled, documents
     from castling_deploy.artifact import read_folder
-    from castling_deploy.console import WIDTH, print_inspection
+    from castling_deploy.console import print_inspection, stderr_console
     from castling_deploy.inspection import inspect_checkpoint
 
-    console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else WIDTH)
+    console = stderr_console()
     if path is not None and path.is_dir():
+        if model or imgsz:
+            raise UsageError("an artefact folder has its model and its size", hint="leave out --model and --imgsz")
         folder = read_folder(path)
-        console.print_json(json.dumps(documents.plain(folder.manifest)))
+        console.print_json(json.dumps(plain(folder.manifest)))
         document: Any = folder.manifest
     else:
         seen = inspect_checkpoint(path or bundled.checkpoint_path(model or bundled.DEFAULT), model, imgsz)
         print_inspection(seen, console)
-        document = {"schema": documents.SCHEMA, **documents.plain(seen)}
+        document = {"schema": SCHEMA, **plain(seen), "layers": documents.layers_document(seen.layers)}
     if as_json:
         _print_json(document)
     return 0
@@ -264,33 +275,27 @@ def inspect(path: Path | None, model: str | None, imgsz: tuple[int, int] | None,
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def doctor(as_json: bool) -> int:
     """Which targets can be exported, run and verified here, and the exact line that mends what cannot."""
-    from rich.console import Console
-
-    from castling_deploy.console import WIDTH, print_health
+    from castling_deploy.console import print_health, stderr_console
     from castling_deploy.doctor import examine
 
     health = examine()
-    print_health(health, Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else WIDTH))
+    print_health(health, stderr_console())
     if as_json:
-        from castling_deploy.documents import plain
-
-        _print_json({"schema": 1, **plain(health)})
+        _print_json({"schema": SCHEMA, **plain(health)})
     return 0
 
 
 def _names(targets: tuple[str, ...]) -> tuple[str, ...]:
     """The targets asked for; `all` is every one that is available here."""
-    names = [name.strip() for item in targets for name in item.split(",") if name.strip()]
+    names = [name.strip().lower() for item in targets for name in item.split(",") if name.strip()]
     if not names:
         raise UsageError("no target is named", hint=f"--target takes: {', '.join([*TARGETS, *ALIASES, ALL])}")
-    if ALL in names:
-        return tuple(name for name in TARGETS if target_named(name).missing() is None)
-    return tuple(names)
+    asked = [target_named(name).name for name in names if name != ALL]
+    available = [name for name in TARGETS if target_named(name).missing() is None] if ALL in names else []
+    return tuple(dict.fromkeys([*asked, *available]))
 
 
 def _print_json(document: Any) -> None:
-    from castling_deploy.documents import plain
-
     click.echo(json.dumps(plain(document), allow_nan=False))
 
 
@@ -306,15 +311,21 @@ def export_main() -> NoReturn:
 
 def run(command: click.Command, arguments: list[str], name: str) -> int:
     """Run a command; every failure is two lines on stderr and an exit code, and one JSON document where --json is."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  # closed by >&-; the descriptor has to be taken
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     signal.signal(signal.SIGTERM, lambda *_: _raise(KeyboardInterrupt()))  # so that a killed run tidies up too
     try:
         return int(command.main(arguments, prog_name=name, standalone_mode=False) or 0)
     except CastlingError as error:
         return _fail(arguments, error.message, error.hint, error.exit_code)
     except click.ClickException as error:
-        return _fail(
-            arguments, error.format_message().rstrip("."), f"{name} --help lists what can be said", UsageError.exit_code
+        asked = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else name
+        message = (
+            "no command is named"
+            if isinstance(error, click.exceptions.NoArgsIsHelpError)
+            else str(error.format_message())
         )
+        return _fail(arguments, message.rstrip("."), f"{asked} --help lists what can be said", UsageError.exit_code)
     except (KeyboardInterrupt, click.Abort):
         return _fail(arguments, "interrupted", "no unfinished artefact was left behind; run it again", INTERRUPTED)
     except Exception as error:  # a bug of ours
@@ -335,5 +346,5 @@ def _raise(error: BaseException) -> None:
 def _fail(arguments: list[str], message: str, hint: str | None, code: int) -> int:
     click.echo(f"error: {message}" + (f"\n  hint: {hint}" if hint else ""), err=True)
     if "--json" in arguments:
-        _print_json({"schema": 1, "error": {"message": message, "hint": hint, "exit_code": code}, "artifacts": []})
+        _print_json({"schema": SCHEMA, "error": {"message": message, "hint": hint, "exit_code": code}, "artifacts": []})
     return code

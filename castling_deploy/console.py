@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from castling_deploy.doctor import Health
 from castling_deploy.inspection import Inspection
@@ -28,36 +30,44 @@ MEANING = {
     WitnessKind.EMULATED: "the device's instructions, emulated",
     WitnessKind.REFERENCE: "the artefact's own program and weights, not the vendor's runtime",
 }
-MARKS = {Verdict.PASS: "[green]pass[/]", Verdict.FAIL: "[red]FAIL[/]", Verdict.INCONCLUSIVE: "[yellow]inconclusive[/]"}
+STYLES = {Verdict.PASS: "green", Verdict.FAIL: "red", Verdict.INCONCLUSIVE: "yellow"}
+
+
+def stderr_console(descriptor: int | None = None) -> Console:
+    """A console on stderr, or on another file descriptor. Square brackets in texts and paths are just that."""
+    file = sys.stderr if descriptor is None else os.fdopen(descriptor, "w", encoding="utf-8")
+    return Console(file=file, highlight=False, markup=False, width=None if sys.stderr.isatty() else WIDTH)
 
 
 class StderrProgress:
     """Stages on the real stderr, even while a toolchain's noise is held back from file descriptor 2."""
 
     def __init__(self) -> None:
-        self.console = Console(
-            file=os.fdopen(os.dup(sys.stderr.fileno()), "w", encoding="utf-8"),
-            highlight=False,
-            width=None if sys.stderr.isatty() else WIDTH,
-        )
+        self.console = stderr_console(os.dup(sys.stderr.fileno()))
 
     @contextmanager
     def stage(self, title: str) -> Iterator[Advance]:
         """A bar while the stage runs (on a terminal), one line with its time when it is over."""
         started = time.perf_counter()
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task(title, total=None)
             try:
                 yield lambda share: bar.update(task, total=1.0, completed=share)
             except BaseException:
                 bar.stop()
-                self.console.print(f"  [red]x[/] {title}  ({time.perf_counter() - started:.1f} s)")
+                self._line("x", "red", title, started)
                 raise
-        self.console.print(f"  [green]*[/] {title}  [dim]{time.perf_counter() - started:.1f} s[/]")
+        self._line("*", "green", title, started)
 
-    def warn(self, text: str) -> None:
-        self.console.print(f"  [yellow]! {text}[/]")
+    def _line(self, mark: str, style: str, title: str, started: float) -> None:
+        seconds = f"  {time.perf_counter() - started:.1f} s"
+        self.console.print(Text.assemble("  ", (mark, style), f" {title}", (seconds, "dim")))
+
+
+def marked(verdict: Verdict) -> Text:
+    """The verdict in its colour; what fails is written large."""
+    return Text(verdict.upper() if verdict is Verdict.FAIL else verdict, STYLES[verdict])
 
 
 def number(value: float | None, form: str) -> str:
@@ -68,22 +78,28 @@ def number(value: float | None, form: str) -> str:
 def print_deployment(deployment: Deployment, console: Console) -> None:
     """The closing table, what is doubtful, and what to do next."""
     ladder, card = deployment.ladder, deployment.card
-    before, after = ladder.accuracy(ladder.trained_outputs), ladder.accuracy(ladder.reference.outputs)
+    before, after = ladder.score(ladder.trained_outputs), ladder.score(ladder.outputs)
     console.print(
-        f"\n[bold]{card.name}[/]: {len(ladder.layers)} auxiliary branches cast away, "
+        f"\n{card.name}: {len(ladder.layers)} auxiliary branches cast away, "
         f"{len(ladder.steps)} folds (exact to {number(ladder.fold_rung.rel, '.0e')} in float64)"
     )
     if before is not None and after is not None:
         console.print(
-            f"top-1 on {ladder.probes.real} held-out images: {before:.2f} % as trained, {after:.2f} % after the cast"
+            f"{ladder.task.metric} on {ladder.probes.real} held-out images: {before:.2f} % as trained, "
+            f"{after:.2f} % after the cast"
         )
+        if ladder.cast_rung.verdict is Verdict.FAIL:
+            console.print("the cast harms this network: do not ship it; train longer with the branch on", style="red")
+    elif ladder.already_cast:
+        console.print("the network was cast before: what that cost cannot be told any more")
     else:
         console.print(
             f"the cast changes the outputs by {number(ladder.cast_rung.rel, '.2g')} of their spread; no "
             "labelled images are known for this network, so its accuracy after the cast was not measured"
         )
     table = Table(show_edge=False, pad_edge=False)
-    for column in ("target", "precision", "size", "parity", "error / spread", "top-1", "median", "vs PyTorch eager"):
+    metric = ladder.task.metric
+    for column in ("target", "precision", "size", "parity", "error / spread", metric, "median", "time / PyTorch"):
         table.add_column(column)
     for result in deployment.results:
         table.add_row(*_row(result))
@@ -93,39 +109,39 @@ def print_deployment(deployment: Deployment, console: Console) -> None:
         _print_notes(result, console)
 
 
-def _row(result: Result) -> list[str]:
+def _row(result: Result) -> list[str | Text]:
     name, precision = result.step.target.name, result.step.precision.value
     if result.error is not None or result.parity is None or result.path is None:
-        return [name, precision, "-", "[red]failed[/]" if result.error else "[yellow]unavailable[/]", *["-"] * 4]
+        state = Text("failed", "red") if result.error else Text("unavailable", "yellow")
+        return [name, precision, "-", state, *["-"] * 4]
     report = result.parity.witnesses[0]
-    worst = max((output.rel for output in report.outputs if output.rel is not None), default=None)
     latency = result.latency
     return [
         name,
         precision,
         f"{(model_bytes(result) or 0) / 1e6:.2f} MB",
-        MARKS[result.parity.verdict],
-        f"{number(worst, '.1e')} of {result.parity.rungs[-1].limit:.0e}",
-        number(report.accuracy, ".2f"),
+        marked(result.parity.verdict),
+        f"{number(result.parity.rungs[-1].rel, '.1e')} of {result.parity.rungs[-1].limit:.0e}",
+        number(report.score, ".2f"),
         "-" if latency is None else f"{latency.artifact.median_s * 1e3:.2f} ms",
-        "-" if latency is None else f"{latency.ratio:.2f} x",
+        "-" if latency is None else f"{latency.ratio:.2f}",
     ]
 
 
 def _print_notes(result: Result, console: Console) -> None:
     name = result.step.target.name
     if result.path is not None:
-        console.print(f"\n[bold]{name}[/]: {result.path}", soft_wrap=True)
+        console.print(f"\n{name}: {result.path}", style="bold", soft_wrap=True)
     for seen in result.parity.witnesses if result.parity is not None else ():
         console.print(
             f"  run by {seen.witness.name} ({seen.witness.kind}: {MEANING[seen.witness.kind]})", soft_wrap=True
         )
     if result.error is not None:
-        console.print(f"\n[red]error:[/] {name}: {result.error.message}", soft_wrap=True)
+        console.print(f"\nerror: {name}: {result.error.message}", style="red", soft_wrap=True)
         if result.error.hint:
             console.print(f"  hint: {result.error.hint}", soft_wrap=True)
     if result.missing is not None:
-        console.print(f"  [yellow]not available here:[/] {result.missing.reason}", soft_wrap=True)
+        console.print(f"  not available here: {result.missing.reason}", style="yellow", soft_wrap=True)
         console.print(f"  to mend it: {result.missing.fix}", soft_wrap=True)
     if result.artifact is not None:
         for note in result.artifact.details.get("notes", ()):
@@ -136,16 +152,16 @@ def _print_notes(result: Result, console: Console) -> None:
             f"{result.latency.artifact.p95_s * 1e3:.2f} ms"
         )
         for warning in result.latency.warnings:
-            console.print(f"  [yellow]! {warning}[/]")
+            console.print(f"  ! {warning}", style="yellow")
     if result.path is not None:
-        console.print(f"  check it again: castling verify {result.path}", soft_wrap=True)
+        console.print(f"  check it again: castling verify {shlex.quote(str(result.path))}", soft_wrap=True)
 
 
 def print_inspection(seen: Inspection, console: Console) -> None:
     """A checkpoint: what it is, what the cast removes, what the fold folds."""
     card = seen.card
     height, width = card.config.image_size
-    console.print(f"[bold]{card.name}[/]  ({card.family}; {card.reference})")
+    console.print(f"{card.name}  ({card.family}; {card.reference})", style="bold")
     console.print(
         f"  input {card.config.channels} x {height} x {width}, {card.config.classes} classes; "
         f"{card.loaded} tensors loaded; taken off: {', '.join(card.peeled) or 'nothing'}; "
@@ -179,9 +195,7 @@ def print_inspection(seen: Inspection, console: Console) -> None:
 def print_health(health: Health, console: Console) -> None:
     """The machine, and one line per target; what is missing comes with its mend."""
     console.print(f"{health.system}, Python {health.python}")
-    console.print(
-        "  " + ", ".join(f"{tool} {version or '[dim]not installed[/]'}" for tool, version in health.tools.items())
-    )
+    console.print("  " + ", ".join(f"{tool} {version or 'not installed'}" for tool, version in health.tools.items()))
     table = Table(show_edge=False, pad_edge=False)
     for column in ("target", "export", "complete", "verified here by"):
         table.add_column(column)
@@ -189,8 +203,8 @@ def print_health(health: Health, console: Console) -> None:
         can, whole = target.missing is None, target.missing is None and target.unfinished is None
         table.add_row(
             target.target,
-            f"[green]yes[/] ({', '.join(target.precisions)})" if can else "[yellow]no[/]",
-            "[green]yes[/]" if whole else "[yellow]no[/]",
+            Text(f"yes ({', '.join(target.precisions)})", "green") if can else Text("no", "yellow"),
+            Text("yes", "green") if whole else Text("no", "yellow"),
             f"{target.witness.name} ({target.witness.kind})" if can else "-",
         )
     console.print(table)

@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 from collections import Counter
-from collections.abc import Mapping
-from enum import Enum
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from castling_deploy.castle import LayerCast
 from castling_deploy.identify import ModelCard
 from castling_deploy.ladder import Ladder
 from castling_deploy.latency import LatencyReport, Timing
-from castling_deploy.parity import ParityReport
-
-SCHEMA = 1
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses, enums, paths and tuples as JSON types; NaN and infinity as null."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
+from castling_deploy.parity import ParityReport, WitnessReport
+from castling_deploy.plain import plain
 
 
 def write(path: Path, document: Any) -> None:
@@ -51,10 +33,11 @@ def checkpoint_document(card: ModelCard) -> dict[str, Any]:
 
 
 def model_document(card: ModelCard, parameters: int) -> dict[str, Any]:
-    """What the network is."""
+    """What the network is; `parameters` are those of the cast network."""
     return {
         "name": card.name,
         "family": card.family,
+        "task": card.task,
         "reference": card.reference,
         "parameters": parameters,
         "image_size": card.config.image_size,
@@ -65,17 +48,18 @@ def model_document(card: ModelCard, parameters: int) -> dict[str, Any]:
 
 def cast_document(ladder: Ladder) -> dict[str, Any]:
     """What the cast removed, layer by layer, and what it cost."""
-    layers = [
-        {"path": layer.path, **plain(layer.evidence), "can_vanish": layer.evidence.can_vanish}
-        for layer in ladder.layers
-    ]
     return {
         "rel": ladder.cast_rung.rel,
         "verdict": ladder.cast_rung.verdict,
-        "accuracy_trained": ladder.accuracy(ladder.trained_outputs),
-        "accuracy_cast": ladder.accuracy(ladder.reference.outputs),
-        "layers": layers,
+        "accuracy_trained": ladder.score(ladder.trained_outputs),
+        "accuracy_cast": ladder.score(ladder.outputs),
+        "layers": layers_document(ladder.layers),
     }
+
+
+def layers_document(layers: Sequence[LayerCast]) -> list[dict[str, Any]]:
+    """The evidence of the cast, layer by layer."""
+    return [{"path": layer.path, **plain(layer.evidence), "can_vanish": layer.evidence.can_vanish} for layer in layers]
 
 
 def fold_document(ladder: Ladder) -> dict[str, Any]:
@@ -90,30 +74,30 @@ def fold_document(ladder: Ladder) -> dict[str, Any]:
 
 def parity_document(report: ParityReport, ladder: Ladder) -> dict[str, Any]:
     """Verdict, power, every rung and every witness."""
-    witnesses = [
-        {
-            "name": seen.witness.name,
-            "kind": seen.witness.kind,
-            "verdict": seen.verdict,
-            "accuracy": seen.accuracy,
-            "outputs": [plain(output) for output in seen.outputs],
-        }
-        for seen in report.witnesses
-    ]
     return {
         "verdict": report.verdict,
         "power": report.power,
         "precision": report.precision,
-        "spread": report.spread,
-        "noise_rel": report.noise_rel,
         "probes": report.probes,
         "accuracy": {
-            "trained": ladder.accuracy(ladder.trained_outputs),
-            "reference": ladder.accuracy(ladder.reference.outputs),
-            "artifact": report.witnesses[0].accuracy if report.witnesses else None,
+            "metric": ladder.task.metric,
+            "trained": ladder.score(ladder.trained_outputs),
+            "reference": ladder.score(ladder.outputs),
+            "artifact": report.witnesses[0].score if report.witnesses else None,
         },
         "rungs": [plain(rung) for rung in report.rungs],
-        "witnesses": witnesses,
+        "witnesses": [witness_document(seen) for seen in report.witnesses],
+    }
+
+
+def witness_document(seen: WitnessReport) -> dict[str, Any]:
+    """Who ran the artefact, and what came of it."""
+    return {
+        "name": seen.witness.name,
+        "kind": seen.witness.kind,
+        "verdict": seen.verdict,
+        "accuracy": seen.score,
+        "outputs": [plain(output) for output in seen.outputs],
     }
 
 

@@ -16,8 +16,11 @@ MANIFEST = "manifest.json"
 
 def refuse_if_taken(path: Path, *, overwrite: bool) -> None:
     """Raises UsageError where writing `path` would overwrite something unasked, or something that is no artefact."""
-    if not path.exists() and not path.is_symlink():
-        return
+    try:
+        if not path.exists() and not path.is_symlink():
+            return
+    except OSError as error:
+        raise UsageError(f"cannot write '{path}': {error.strerror}", hint="choose another --output") from None
     if not (path / MANIFEST).is_file():
         raise UsageError(f"'{path}' exists and is no artefact folder", hint="choose another --output")
     if not overwrite:
@@ -36,6 +39,7 @@ def artifact_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path)
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed run that had our process number
         partial.mkdir()
         yield partial
         _replace(partial, path)
@@ -60,11 +64,19 @@ def _replace(partial: Path, path: Path) -> None:
     except OSError:
         old.rename(path)
         raise
-    shutil.rmtree(old)
+    if old.is_symlink():
+        old.unlink()
+    else:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _remove_stale(path: Path) -> None:
-    for folder in path.parent.glob(f".{path.name}.partial-*"):
+    """Folders of killed runs. One killed while it replaced an artefact left the old one aside: that gets its name
+    back."""
+    for folder in path.parent.glob(f".{path.name}.old-*"):
+        if not path.exists():
+            folder.rename(path)
+    for folder in path.parent.glob(f".{path.name}.[po]*-*"):
         pid = folder.name.rpartition("-")[2]
         if pid.isdigit() and not _alive(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)

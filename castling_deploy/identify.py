@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,6 +14,8 @@ from castling_deploy.card import Stated, stated
 from castling_deploy.checkpoint import Checkpoint
 from castling_deploy.errors import CheckpointError, UsageError
 from castling_deploy.models.family import FAMILIES, OFFICIAL_THRESHOLD, ModelFamily, Size, families, family_of
+from castling_deploy.models.foreign_names import in_our_names
+from castling_deploy.models.zero_dconv import with_zero_dconv
 from castling_deploy.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from castling_deploy.suggest import did_you_mean
 
@@ -23,11 +25,14 @@ class ModelCard:
     """What is known about a loaded network besides its weights.
 
     `samples` names the bundled images that the network was trained for, if any. `loaded` and `dropped` count and name
-    the checkpoint's tensors: every one is in the network or named here.
+    the checkpoint's tensors: every one is in the network or named here. `warnings` is what a user has to know before
+    trusting the network.
     """
 
     name: str
     family: str
+    task: str
+    outputs: tuple[str, ...]
     reference: str
     config: Any
     preprocessing: Preprocessing
@@ -38,18 +43,29 @@ class ModelCard:
     peeled: tuple[str, ...]
     loaded: int
     dropped: tuple[str, ...]
+    already_cast: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 def identify(
-    checkpoint: Checkpoint, *, model: str | None = None, image_size: Size | None = None
+    checkpoint: Checkpoint,
+    *,
+    model: str | None = None,
+    image_size: Size | None = None,
+    init_dconv: Literal["zero"] | None = None,
 ) -> tuple[nn.Module, ModelCard]:
     """The network in training form and eval mode, with the checkpoint's weights, and its card.
 
     `model` is what the caller believes the network to be (a family, a variant or a bundled name); `image_size`
-    overrides the checkpoint's (height, width). Raises CheckpointError when a tensor is missing, left over or of the
-    wrong shape.
+    overrides the checkpoint's (height, width); `init_dconv` takes a softmax network as one whose token convolutions
+    are zero, with a warning. Raises CheckpointError when a tensor is missing, left over or of the wrong shape.
     """
     facts = stated(checkpoint.card)
+    in_file = len(checkpoint.tensors)
+    checkpoint = _in_our_names(checkpoint)
+    warnings: tuple[str, ...] = ()
+    if init_dconv is not None:
+        checkpoint, warnings = _with_zero_dconv(checkpoint, facts)
     family = family_of(checkpoint.tensors)
     threshold = OFFICIAL_THRESHOLD if facts.aux_threshold is None else facts.aux_threshold
     config = family.config_of(checkpoint.tensors, facts.image_size or image_size, threshold)
@@ -63,10 +79,15 @@ def identify(
     if image_size is not None and image_size != config.image_size:
         _load(family, config, tensors, checkpoint)  # before resizing: an error names the checkpoint's shapes
         tensors, config = family.resized(tensors, config, image_size)
-    name = facts.name or _published_name(family, config) or _name_from(checkpoint, family)
+    name = facts.name or _published_name(family, config) or facts.architecture or _name_from(checkpoint, family)
     if model is not None and model not in (name, family.name):
         _refuse(model, name)
     network = _load(family, config, tensors, checkpoint)
+    if facts.classes not in (None, config.classes):
+        raise CheckpointError(
+            f"'{checkpoint.path}' says it has {facts.classes} classes, its tensors have {config.classes}",
+            hint="mend the number of classes in the file's metadata or config.json",
+        )
     if facts.labels is not None and len(facts.labels) != config.classes:
         raise CheckpointError(
             f"'{checkpoint.path}' names {len(facts.labels)} labels for {config.classes} classes",
@@ -75,6 +96,8 @@ def identify(
     return network, ModelCard(
         name=name,
         family=family.name,
+        task=family.task,
+        outputs=tuple(output.name for output in family.outputs(config)),
         reference=family.reference,
         config=config,
         preprocessing=_preprocessing(facts, config),
@@ -83,9 +106,34 @@ def identify(
         checkpoint_path=checkpoint.path.name,
         checkpoint_sha256=checkpoint.sha256,
         peeled=checkpoint.peeled,
-        loaded=len(checkpoint.tensors),
+        loaded=in_file,
         dropped=checkpoint.dropped,
+        warnings=(*warnings, *_other_eps(network, facts)),
     )
+
+
+def _in_our_names(checkpoint: Checkpoint) -> Checkpoint:
+    tensors, translated = in_our_names(checkpoint.tensors)
+    return replace(checkpoint, tensors=tensors, peeled=(*checkpoint.peeled, *translated))
+
+
+def _with_zero_dconv(checkpoint: Checkpoint, facts: Stated) -> tuple[Checkpoint, tuple[str, ...]]:
+    tensors = with_zero_dconv(checkpoint.tensors, facts.heads)
+    added = len(tensors) - len(checkpoint.tensors)
+    if added == 0:
+        raise UsageError(
+            f"'{checkpoint.path}' has no attention without a token convolution", hint="leave --init-dconv out"
+        )
+    warning = f"{added} token convolutions (dconv) were filled with zeros: a softmax network, never trained like this"
+    return replace(checkpoint, tensors=tensors), (warning,)
+
+
+def _other_eps(network: nn.Module, facts: Stated) -> tuple[str, ...]:
+    """transformers' default is 1e-12, facebook's and timm's DeiT have 1e-6: no tensor tells."""
+    eps = {module.eps for module in network.modules() if isinstance(module, nn.LayerNorm)}
+    if facts.layer_norm_eps is None or eps <= {facts.layer_norm_eps}:
+        return ()
+    return (f"config.json says layer_norm_eps {facts.layer_norm_eps:g}, this network has {max(eps):g}",)
 
 
 def _load(family: ModelFamily, config: Any, tensors: Mapping[str, torch.Tensor], checkpoint: Checkpoint) -> nn.Module:

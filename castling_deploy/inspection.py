@@ -62,9 +62,13 @@ def inspect_checkpoint(path: Path, model: str | None = None, image_size: tuple[i
     )
 
 
+def parameters(network: nn.Module) -> int:
+    """Number of weights; what folding made a constant is none."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
 @torch.no_grad()
 def _stage(network: nn.Module, shape: tuple[int, ...]) -> Stage:
     with FlopCounterMode(display=False) as counter:
         network(torch.zeros(shape))
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    return Stage(parameters, counter.get_total_flops() // 2)
+    return Stage(parameters(network), counter.get_total_flops() // 2)

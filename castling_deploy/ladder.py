@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,15 +13,16 @@ from torch import nn
 from castling_deploy.castle import LayerCast, castle, measure_cast
 from castling_deploy.errors import CheckpointError
 from castling_deploy.fold import FoldStep, fold
-from castling_deploy.parity import Array, Reference, Rung, Tolerance, Verdict, compare, top1_accuracy
+from castling_deploy.parity import Array, Reference, Rung, Tolerance, Verdict, compare, worst
 from castling_deploy.probes import Probes
 from castling_deploy.rewrite import copied
+from castling_deploy.task import Outputs, Task
 
 BATCH = 32
 # Folding is exact in real arithmetic. In float64 a deep network repeats itself to about 1e-14 of the spread.
 FOLD_TOLERANCE = Tolerance(1e-9, float(np.finfo(np.float64).eps))
 FOLD_PROBES = 4
-# What the cast may cost on labelled images before it is called harmful, in percent of the images.
+# What the cast may cost of the task's score on labelled images, in percent, before it is called harmful.
 CAST_MAX_DROP = 0.5
 
 
@@ -29,79 +30,107 @@ CAST_MAX_DROP = 0.5
 class Ladder:
     """A trained network, its cast and its fold, with their outputs on `probes`.
 
-    `reference` is what every artefact is compared with: the outputs of the cast network, before folding.
+    `references` are what every artefact is compared with, output by output: the cast network's, before folding.
     """
 
+    task: Task
     probes: Probes
     castled: nn.Module
     folded: nn.Module
-    trained_outputs: Array
-    reference: Reference
+    trained_outputs: Outputs
+    references: Mapping[str, Reference]
     layers: tuple[LayerCast, ...]
     steps: tuple[FoldStep, ...]
     fold_rung: Rung
+    already_cast: bool
+
+    @property
+    def outputs(self) -> Outputs:
+        """The reference's outputs by name."""
+        return {name: reference.outputs for name, reference in self.references.items()}
 
     @cached_property
     def cast_rung(self) -> Rung:
-        """The cast's own gap. It is an approximation: judged by accuracy where labels are known, else left open."""
-        rel = self.reference.rel(self.trained_outputs, self.reference.outputs)
-        verdict = Verdict.INCONCLUSIVE
-        before, after = self.accuracy(self.trained_outputs), self.accuracy(self.reference.outputs)
+        """The cast's own gap. It is an approximation: judged by the task's score where labels are known, else open."""
+        if self.already_cast:
+            return Rung("cast", None, None, Verdict.INCONCLUSIVE)
+        rel = worst(
+            reference.rel(self.trained_outputs[name], reference.outputs) for name, reference in self.references.items()
+        )
+        verdict = Verdict.PASS if rel == 0 else Verdict.INCONCLUSIVE
+        before, after = self.score(self.trained_outputs), self.score(self.outputs)
         if before is not None and after is not None:
             verdict = Verdict.PASS if before - after <= CAST_MAX_DROP else Verdict.FAIL
-        elif rel == 0:
-            verdict = Verdict.PASS
         return Rung("cast", rel, None, verdict)
 
-    def accuracy(self, outputs: Array) -> float | None:
-        """Top-1 in percent on the labelled images; None without labels."""
-        return top1_accuracy(outputs, self.probes.labels)
+    def score(self, outputs: Outputs) -> float | None:
+        """The task's metric in percent on the labelled images; None without labels."""
+        return self.task.score(outputs, self.probes.labels)
 
 
-def climb(network: nn.Module, probes: Probes, advance: Callable[[float], None] = lambda share: None) -> Ladder:
-    """Cast and fold `network` (training form, eval mode) and run every rung. `network` is not changed."""
+def climb(
+    network: nn.Module,
+    task: Task,
+    names: Sequence[str],
+    probes: Probes,
+    advance: Callable[[float], None] = lambda share: None,
+    *,
+    already_cast: bool = False,
+) -> Ladder:
+    """Cast and fold `network` (training form, eval mode) and run every rung. `network` is not changed.
+
+    `names` are those of the outputs, in the order in which the network returns them. What the cast of a network that
+    is `already_cast` cost cannot be told any more.
+    """
     steps: list[FoldStep] = []
     castled = castle(network)
     folded = fold(castled, steps.append)
     advance(0.1)
     layers = measure_cast(network, torch.from_numpy(probes.tensors[: min(probes.real, BATCH)]))
     advance(0.2)
-    trained_outputs = run(network, probes.tensors)
+    trained_outputs = run(network, names, probes.tensors)
     advance(0.5)
-    outputs = run(castled, probes.tensors)
+    outputs = run(castled, names, probes.tensors)
     advance(0.8)
-    if not np.isfinite(outputs).all():
+    if not all(np.isfinite(values).all() for values in outputs.values()):
         raise CheckpointError(
             "the network's own outputs are NaN or infinite on ordinary images",
             hint="the weights are damaged; nothing can be compared with such outputs",
         )
     few = probes.few(FOLD_PROBES)
     exact_castled = copied(castled).double()
-    exact = run(exact_castled, few.tensors.astype(np.float64))
-    noise = Reference(outputs, probes.real, noise=0.0).rel(run(castled, few.tensors), exact)
-    exact_reference = Reference(exact, few.real, noise=0.0)
-    step = compare(
-        "logits",
-        run(fold(exact_castled), few.tensors.astype(np.float64)),
-        exact_reference,
-        FOLD_TOLERANCE,
-        exact_reference.power(FOLD_TOLERANCE),
-    )
+    exact = run(exact_castled, names, few.tensors.astype(np.float64))
+    rounded = run(castled, names, few.tensors)
+    references = {}
+    for name in names:
+        noise = Reference(outputs[name], probes.real, noise=0.0).rel(rounded[name], exact[name])
+        references[name] = Reference(outputs[name], probes.real, noise or 0.0)
+    exact_folded = run(fold(exact_castled), names, few.tensors.astype(np.float64))
     advance(1.0)
+    fold_rung = _fold_rung({name: Reference(exact[name], few.real, noise=0.0) for name in names}, exact_folded)
     return Ladder(
-        probes,
-        castled,
-        folded,
-        trained_outputs,
-        Reference(outputs, probes.real, noise or 0.0),
-        layers,
-        tuple(steps),
-        Rung("fold", step.rel, FOLD_TOLERANCE.limit, step.verdict),
+        task, probes, castled, folded, trained_outputs, references, layers, tuple(steps), fold_rung, already_cast
+    )
+
+
+def _fold_rung(exact: Mapping[str, Reference], folded: Outputs) -> Rung:
+    compared = [
+        compare(name, folded[name], reference, FOLD_TOLERANCE, reference.power(FOLD_TOLERANCE))
+        for name, reference in exact.items()
+    ]
+    return Rung(
+        "fold",
+        worst(output.rel for output in compared),
+        FOLD_TOLERANCE.limit,
+        Verdict.worst([output.verdict for output in compared]),
     )
 
 
 @torch.no_grad()
-def run(network: nn.Module, tensors: Array) -> Array:
-    """The network on (P, C, H, W), in batches: (P, classes), in the tensors' dtype."""
-    outputs = [network(batch) for batch in torch.from_numpy(tensors).split(BATCH)]
-    return torch.cat(outputs).numpy()
+def run(network: nn.Module, names: Sequence[str], tensors: Array) -> dict[str, Array]:
+    """The network's outputs on (P, C, H, W), by name, P first, in the tensors' dtype."""
+    batches = []
+    for batch in torch.from_numpy(tensors).split(BATCH):
+        outputs = network(batch)
+        batches.append(outputs if isinstance(outputs, tuple) else (outputs,))
+    return {name: torch.cat(parts).numpy() for name, parts in zip(names, zip(*batches, strict=True), strict=True)}

@@ -9,7 +9,7 @@ without power is `inconclusive`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -78,7 +78,7 @@ class Reference:
         if self.spread == 0 or not len(expected):
             return None
         flat = expected.reshape(len(expected), -1).astype(np.float64)
-        distances = np.abs(flat[:, None] - self._real[None]).max(axis=2, initial=0)  # (n, real)
+        distances = [[np.abs(one - other).max(initial=0) for other in self._real] for one in flat]  # (n, real)
         scales = np.maximum(self.spread, np.median(distances, axis=1))
         error = np.abs(actual.reshape(flat.shape).astype(np.float64) - flat).max(axis=1, initial=0)
         return float((error / scales).max())
@@ -102,15 +102,21 @@ class Reference:
     @cached_property
     def _distances(self) -> Array:
         first, second = np.triu_indices(len(self._real), k=1)
-        distances: Array = np.abs(self._real[first] - self._real[second]).max(axis=1, initial=0)
-        return distances
+        pairs = zip(self._real[first], self._real[second], strict=True)
+        return np.array([np.abs(one - other).max(initial=0) for one, other in pairs])
 
 
 @dataclass(frozen=True)
 class OutputParity:
-    """The numbers of one output. None where a number has no meaning (no top-1 without classes)."""
+    """The numbers of one output. None where a number has no meaning (no top-1 without classes).
+
+    `spread` and `noise_rel` are those of the reference, `power` that of this comparison.
+    """
 
     name: str
+    spread: float
+    noise_rel: float
+    power: float
     max_abs: float | None
     rel: float | None
     cosine: float | None
@@ -121,11 +127,11 @@ class OutputParity:
 
 @dataclass(frozen=True)
 class WitnessReport:
-    """What one witness computed, output by output, and its top-1 accuracy in percent where labels are known."""
+    """What one witness computed, output by output, and the task's score of it where labels are known."""
 
     witness: Witness
     outputs: tuple[OutputParity, ...]
-    accuracy: float | None
+    score: float | None
 
     @property
     def verdict(self) -> Verdict:
@@ -147,19 +153,21 @@ class Rung:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """Verdict, power, every rung and every witness. The cast's rung informs; it does not decide."""
+    """Every rung and every witness. A rung without a limit (the cast) decides only where it failed its task."""
 
     precision: Precision
-    power: float
-    spread: float
-    noise_rel: float
     probes: int
     rungs: tuple[Rung, ...]
     witnesses: tuple[WitnessReport, ...]
 
     @property
+    def power(self) -> float:
+        """That of the weakest comparison."""
+        return min((output.power for report in self.witnesses for output in report.outputs), default=0.0)
+
+    @property
     def verdict(self) -> Verdict:
-        decisive = [rung.verdict for rung in self.rungs if rung.limit is not None]
+        decisive = [rung.verdict for rung in self.rungs if rung.limit is not None or rung.verdict is Verdict.FAIL]
         return Verdict.worst(
             [*decisive, *(report.verdict for report in self.witnesses)]
             if self.witnesses
@@ -175,14 +183,18 @@ def compare(name: str, actual: Array, reference: Reference, tolerance: Tolerance
     """
     expected = reference.outputs.astype(np.float64)
     actual = np.asarray(actual, np.float64)
+    noise = reference.noise_rel(tolerance)
     if actual.shape != expected.shape or not np.isfinite(actual).all():
-        return OutputParity(name, None, None, None, None, None, Verdict.FAIL)
+        return OutputParity(name, reference.spread, noise, power, None, None, None, None, None, Verdict.FAIL)
     error = actual - expected
     rel = reference.rel(actual, expected)
     lengths = np.linalg.norm(actual) * np.linalg.norm(expected)
     noise_power = float((error**2).sum())
     return OutputParity(
         name,
+        reference.spread,
+        noise,
+        power,
         float(np.abs(error).max(initial=0)),
         rel,
         cosine=float((actual * expected).sum() / lengths) if lengths else None,
@@ -190,6 +202,11 @@ def compare(name: str, actual: Array, reference: Reference, tolerance: Tolerance
         top1_agreement=top1_agreement(actual, expected, tolerance.limit * reference.spread),
         verdict=judged(rel, reference, tolerance, power),
     )
+
+
+def worst(rels: Iterable[float | None]) -> float | None:
+    """The largest rel that is known; None where none is."""
+    return max((rel for rel in rels if rel is not None), default=None)
 
 
 def judged(rel: float | None, reference: Reference, tolerance: Tolerance, power: float) -> Verdict:
@@ -213,10 +230,3 @@ def top1_agreement(actual: Array, expected: Array, bound: float) -> float | None
     clear = ordered[:, -1] - ordered[:, -2] > 2 * bound
     flipped = (actual.argmax(1) != expected.argmax(1)) & clear
     return float(1 - flipped.mean())
-
-
-def top1_accuracy(logits: Array, labels: npt.NDArray[np.int64] | None) -> float | None:
-    """Percent of the labelled images, which come first in `logits`, that are classified right."""
-    if labels is None:
-        return None
-    return float(100 * (logits[: len(labels)].argmax(1) == labels).mean())

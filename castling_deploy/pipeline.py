@@ -12,7 +12,7 @@ from torch import nn
 
 from castling_deploy import artifact as written
 from castling_deploy import bundled, checkpoint
-from castling_deploy.errors import CastlingError
+from castling_deploy.errors import CastlingError, UsageError
 from castling_deploy.folder import artifact_folder, refuse_if_taken
 from castling_deploy.identify import ModelCard, identify
 from castling_deploy.ladder import Ladder, climb
@@ -26,6 +26,7 @@ from castling_deploy.target import (
     Artifact,
     Missing,
 )
+from castling_deploy.task import task_named
 from castling_deploy.verification import measure, verify_artifact
 
 
@@ -68,10 +69,14 @@ def deploy_network(
     """`deploy` for a network that is loaded already, in training form and eval mode."""
     progress = progress or Silent()
     steps = plan(request)
+    if network.training:
+        raise UsageError("the network is in training mode", hint="call network.eval() before export")
     for step in steps:
         refuse_if_taken(folder_of(request, card, step), overwrite=request.overwrite)
     with progress.stage("castle, fold, and run the reference") as advance:
-        ladder = climb(network, probes_for(card.preprocessing, card.samples, request.seed), advance)
+        probes = probes_for(card.preprocessing, card.samples, request.seed)
+        task = task_named(card.task)
+        ladder = climb(network, task, card.outputs, probes, advance, already_cast=card.already_cast)
     return Deployment(card, ladder, tuple(produce(request, step, card, ladder, progress) for step in steps))
 
 

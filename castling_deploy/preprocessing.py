@@ -21,11 +21,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize the short side, crop the centre, scale to 0..1, subtract `mean`, divide by `std`.
+    """Resize without distortion, crop the centre, scale to 0..1, subtract `mean`, divide by `std`.
 
-    `size` is (height, width) of the network's input in pixels; `crop_fraction` is that size over the resized
-    short side (0.875: resize to 256, crop 224; facebookresearch/deit main.py). `mean` and `std` have one entry
-    per channel, in `channel_order`, for values in 0..1.
+    `size` is (height, width) of the network's input in pixels. The picture is resized so that it covers `size` /
+    `crop_fraction` (0.875: for a square, the short side to 256, crop 224; facebookresearch/deit main.py). `mean` and
+    `std` have one entry per channel, in `channel_order`, for values in 0..1.
     """
 
     size: tuple[int, int]
@@ -53,10 +53,10 @@ class Preprocessing:
         """(B, H, W, C) uint8 in `channel_order` -> (B, C, H, W) float32, what the network is fed."""
         import numpy as np
 
-        if images.ndim != 4 or images.shape[1:] != (*self.size, len(self.mean)):
-            wanted = f"(B, {self.size[0]}, {self.size[1]}, {len(self.mean)})"
+        if images.dtype != np.uint8 or images.shape[1:] != (*self.size, len(self.mean)) or not len(images):
+            wanted = f"uint8 (B, {self.size[0]}, {self.size[1]}, {len(self.mean)}), B at least 1,"
             raise ShapeError(
-                f"images of shape {images.shape} where {wanted} is needed",
+                f"images are {images.dtype} {images.shape} where {wanted} is needed",
                 hint="resize them with Preprocessing.resized first",
             )
         scaled = images.astype(np.float32) / np.float32(255)

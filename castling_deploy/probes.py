@@ -31,6 +31,11 @@ class Probes:
     extremes: int
     labels: npt.NDArray[np.int64] | None
 
+    @staticmethod
+    def of(images: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> Probes:
+        """Real images (P, H, W, C) at the network's size, and nothing else."""
+        return Probes(preprocessing, images, real=len(images), extremes=0, labels=None)
+
     @cached_property
     def tensors(self) -> npt.NDArray[np.float32]:
         """(P + extremes, C, H, W) float32: what an artefact that takes tensors is fed."""

@@ -15,9 +15,6 @@ class Progress(Protocol):
     def stage(self, title: str) -> AbstractContextManager[Advance]:
         """A step with a title, from entering the block to leaving it."""
 
-    def warn(self, text: str) -> None:
-        """Something that the user should know and that stops nothing."""
-
 
 class Silent:
     """Nobody listens: the default of the Python interface."""
@@ -25,6 +22,3 @@ class Silent:
     @contextmanager
     def stage(self, title: str) -> Iterator[Advance]:
         yield lambda share: None
-
-    def warn(self, text: str) -> None:
-        pass

@@ -51,8 +51,10 @@ def toolchain(subject: str) -> Iterator[None]:
         except (CastlingError, OSError):
             raise
         except Exception as error:
+            words = tail(log)
             raise ExportError(
-                f"{subject}: {type(error).__name__}: {str(error).strip()[:500]}", hint=f"its last words:\n{tail(log)}"
+                f"{subject}: {type(error).__name__}: {str(error).strip()[:500]}",
+                hint=f"its last words:\n{words}" if words else None,
             ) from error
 
 

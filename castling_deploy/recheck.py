@@ -15,11 +15,12 @@ from castling_deploy.execution import inputs_for, repeated, run_artifact
 from castling_deploy.identify import identify
 from castling_deploy.ladder import Ladder, climb
 from castling_deploy.latency import TIMED, Timing, interleaved
-from castling_deploy.parity import TOLERANCES, ParityReport, Reference, Verdict, WitnessReport, compare
+from castling_deploy.parity import TOLERANCES, Array, ParityReport, Reference, Verdict, WitnessReport
 from castling_deploy.probes import Probes, probes_for
 from castling_deploy.progress import Progress, Silent
 from castling_deploy.target import Target, target_named
-from castling_deploy.verification import expected, opened, verify_artifact
+from castling_deploy.task import task_named
+from castling_deploy.verification import compared, opened, verify_artifact
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,13 @@ class Recheck:
 
     folder: Folder
     golden: WitnessReport
-    parity: ParityReport | None
+    ladder: Ladder | None = None
+    parity: ParityReport | None = None
 
     @property
     def verdict(self) -> Verdict:
-        return Verdict.worst([self.golden.verdict, *([self.parity.verdict] if self.parity else [])])
+        """The golden images are few: without a new comparison, the verdict of the export counts beside theirs."""
+        return Verdict.worst([self.golden.verdict, self.parity.verdict if self.parity else self.folder.verdict])
 
 
 def verify(path: str | Path, checkpoint: str | Path | None = None, progress: Progress | None = None) -> Recheck:
@@ -51,24 +54,22 @@ def verify(path: str | Path, checkpoint: str | Path | None = None, progress: Pro
                 hint="export it again; a changed artefact has not been verified",
             )
     target = _target_of(folder)
-    images, logits = _golden(folder)
-    probes = Probes(folder.preprocessing, images, real=len(images), extremes=0, labels=None)
+    images, golden_outputs = _golden(folder)
+    probes = Probes.of(images, folder.preprocessing)
     with progress.stage(f"{target.name}: run the golden images") as advance, opened(target, folder.path) as session:
         outputs = run_artifact(session, folder.artifact, inputs_for(folder.artifact.inputs[0], probes), advance)
         witness = session.witness
-    reference = Reference(logits, real=len(logits), noise=folder.noise)
-    tolerance = TOLERANCES[folder.precision]
-    compared = tuple(
-        compare(name, values, expected(name, reference), tolerance, reference.power(tolerance))
-        for name, values in outputs.items()
-    )
-    golden = WitnessReport(witness, compared, None)
+    references = {
+        name: Reference(values, real=len(values), noise=folder.noise[name]) for name, values in golden_outputs.items()
+    }
+    task = task_named(folder.task)
+    golden = WitnessReport(witness, compared(task, outputs, references, TOLERANCES[folder.precision]), None)
     if checkpoint is None:
-        return Recheck(folder, golden, None)
+        return Recheck(folder, golden)
     ladder = _ladder(folder, Path(checkpoint), progress)
     with progress.stage(f"{target.name}: verify against the checkpoint") as advance:
         parity = verify_artifact(target, folder.artifact, folder.path, ladder, folder.precision, advance)
-    return Recheck(folder, golden, parity)
+    return Recheck(folder, golden, ladder, parity)
 
 
 def benchmark(path: str | Path, *, threads: int = 1) -> Timing:
@@ -82,7 +83,7 @@ def benchmark(path: str | Path, *, threads: int = 1) -> Timing:
         )
     images, _ = _golden(folder)
     (spec,) = folder.artifact.inputs
-    probes = Probes(folder.preprocessing, images, real=len(images), extremes=0, labels=None)
+    probes = Probes.of(images, folder.preprocessing)
     batch = spec.shape[0] if spec.shape[0] > 0 else 1
     feed = repeated(inputs_for(spec, probes), batch)
     with opened(target, folder.path, threads) as session:
@@ -97,12 +98,12 @@ def _target_of(folder: Folder) -> Target:
     return target
 
 
-def _golden(folder: Folder) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+def _golden(folder: Folder) -> tuple[npt.NDArray[np.uint8], dict[str, Array]]:
+    """The golden images, and what the reference says of them, output by output."""
+    golden = folder.path / "golden"
     try:
-        return (
-            np.load(folder.path / "golden" / "images.npy", allow_pickle=False),
-            np.load(folder.path / "golden" / "logits.npy", allow_pickle=False),
-        )
+        images = np.load(golden / "images.npy", allow_pickle=False)
+        return images, {name: np.load(golden / f"{name}.npy", allow_pickle=False) for name in folder.noise}
     except (OSError, ValueError) as error:
         raise UsageError(
             f"the golden images of '{folder.path}' cannot be read: {error}", hint="export the artefact again"
@@ -117,4 +118,5 @@ def _ladder(folder: Folder, checkpoint: Path, progress: Progress) -> Ladder:
                 f"'{checkpoint}' is not the checkpoint that '{folder.path}' was exported from",
                 hint="name the file whose SHA-256 is in the manifest, or export again",
             )
-        return climb(network, probes_for(folder.preprocessing, card.samples), advance)
+        probes = probes_for(folder.preprocessing, card.samples)
+        return climb(network, task_named(card.task), card.outputs, probes, advance)

@@ -5,20 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from castling_deploy import documents
-from castling_deploy.artifact import parameters
 from castling_deploy.errors import InconclusiveError, ParityError, TargetUnavailableError
 from castling_deploy.folder import files_in, size_bytes
+from castling_deploy.inspection import parameters
 from castling_deploy.parity import Verdict
 from castling_deploy.pipeline import Deployment, Result
+from castling_deploy.plain import SCHEMA
 
 
 def deployment_document(deployment: Deployment) -> dict[str, Any]:
     """What `castling export --json` prints."""
     ladder, card = deployment.ladder, deployment.card
     return {
-        "schema": documents.SCHEMA,
+        "schema": SCHEMA,
         "checkpoint": documents.checkpoint_document(card),
-        "model": documents.model_document(card, parameters(ladder.folded)),
+        "model": documents.model_document(card, parameters(ladder.castled)),
         "cast": documents.cast_document(ladder),
         "fold": documents.fold_document(ladder),
         "artifacts": [artifact_document(result, deployment) for result in deployment.results],

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from castling_deploy.errors import UsageError
 from castling_deploy.target import Precision, Target, options_for, precision_for, target_named
 
 
@@ -38,8 +39,13 @@ class Step:
 
 def plan(request: Request) -> tuple[Step, ...]:
     """The artefacts to make. Whatever a target cannot honour is refused here, before anything heavy is imported."""
-    targets = [target_named(name) for name in request.targets]
-    return tuple(
+    if request.batch_size < 1:
+        raise UsageError(f"a batch of {request.batch_size} images", hint="use 1 or more")
+    targets = {target.name: target for target in map(target_named, request.targets)}
+    steps = tuple(
         Step(target, precision_for(target, request.precision), options_for(target, request.options))
-        for target in {target.name: target for target in targets}.values()
+        for target in targets.values()
     )
+    for step in steps:
+        step.target.refuse(step.options, request.batch_size)
+    return steps

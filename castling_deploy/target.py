@@ -151,6 +151,9 @@ class Target(Protocol):
     def witness(self) -> Witness:
         """Who runs an artefact of this target on this machine. Imports no toolchain."""
 
+    def refuse(self, options: Any, batch_size: int) -> None:
+        """Raises UsageError for options and a batch that do not go together; imports nothing heavy."""
+
     def export(self, network: Network, precision: Precision, options: Any, folder: Path) -> Artifact:
         """Write the artefact into `folder` (which exists and is empty). Raises ExportError."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +15,19 @@ from castling_deploy.ladder import Ladder
 from castling_deploy.latency import LatencyReport, doubts, host, interleaved
 from castling_deploy.parity import (
     TOLERANCES,
+    Array,
+    OutputParity,
     ParityReport,
     Reference,
     Rung,
+    Tolerance,
     WitnessReport,
     compare,
-    top1_accuracy,
+    worst,
 )
 from castling_deploy.quiet import toolchain
 from castling_deploy.target import Artifact, Precision, Session, Target
+from castling_deploy.task import Outputs, Task
 
 
 @contextmanager
@@ -46,36 +50,46 @@ def verify_artifact(
     with opened(target, folder) as session:
         outputs = run_artifact(session, artifact, inputs, advance)
         witness = session.witness
-    reference = replace(ladder.reference, outputs=ladder.reference.outputs[: len(inputs)])
-    tolerance = TOLERANCES[precision]
-    power = reference.power(tolerance)
-    compared = tuple(
-        compare(name, values, expected(name, reference), tolerance, power) for name, values in outputs.items()
+    references = {
+        name: replace(reference, outputs=reference.outputs[: len(inputs)])
+        for name, reference in ladder.references.items()
+    }
+    report = WitnessReport(
+        witness,
+        compared(ladder.task, outputs, references, TOLERANCES[precision]),
+        ladder.score(outputs) if references.keys() <= outputs.keys() else None,
     )
-    report = WitnessReport(witness, compared, top1_accuracy(outputs["logits"], ladder.probes.labels))
-    worst = max((output.rel for output in compared if output.rel is not None), default=None)
-    return ParityReport(
-        precision,
-        power=power,
-        spread=reference.spread,
-        noise_rel=reference.noise_rel(tolerance),
-        probes=len(inputs),
-        rungs=(ladder.cast_rung, ladder.fold_rung, Rung("exported", worst, tolerance.limit, report.verdict)),
-        witnesses=(report,),
-    )
+    rel = worst(output.rel for output in report.outputs)
+    exported = Rung("exported", rel, TOLERANCES[precision].limit, report.verdict)
+    return ParityReport(precision, len(inputs), (ladder.cast_rung, ladder.fold_rung, exported), (report,))
 
 
-def expected(name: str, logits: Reference) -> Reference:
-    """What the reference says of the output `name`: the logits, or the probabilities that follow from them."""
-    if name == "logits":
-        return logits
-    if name == "probabilities":
-        outputs = Reference(torch.from_numpy(logits.outputs).softmax(-1).numpy(), logits.real, noise=0.0)
-        amplified = logits.spread / outputs.spread if outputs.spread else 0.0
-        return replace(outputs, noise=logits.noise * amplified)  # softmax itself amplifies nothing (Lipschitz 1)
-    raise ExportError(
-        f"nothing is known of the artefact's output '{name}'", hint="name outputs 'logits' or 'probabilities'"
-    )
+def compared(
+    task: Task, outputs: Outputs, references: Mapping[str, Reference], tolerance: Tolerance
+) -> tuple[OutputParity, ...]:
+    """Every output of an artefact against what the reference says of it. Raises ExportError for one that the reference
+    knows nothing of, or one that is missing."""
+    missing = references.keys() - outputs.keys()
+    if missing:
+        raise ExportError(f"the artefact lacks the outputs {sorted(missing)}", hint="report this target")
+    return tuple(_compared(task, name, values, references, tolerance) for name, values in outputs.items())
+
+
+def _compared(
+    task: Task, name: str, values: Array, references: Mapping[str, Reference], tolerance: Tolerance
+) -> OutputParity:
+    if name in references:
+        reference = references[name]
+        return compare(name, values, reference, tolerance, reference.power(tolerance))
+    expected = task.derived(name, {known: reference.outputs for known, reference in references.items()})
+    if expected is None:
+        known = ", ".join(references)
+        raise ExportError(f"nothing is known of the artefact's output '{name}'", hint=f"the network's own: {known}")
+    source = next(iter(references.values()))
+    follows = Reference(expected, source.real, noise=0.0)
+    amplified = source.spread / follows.spread if follows.spread else 0.0  # softmax itself amplifies nothing
+    follows = replace(follows, noise=source.noise * amplified)
+    return compare(name, values, follows, tolerance, source.power(tolerance))
 
 
 def measure(target: Target, artifact: Artifact, folder: Path, ladder: Ladder, threads: int = 1) -> LatencyReport:

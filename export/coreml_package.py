@@ -37,7 +37,7 @@ def write_package(model: Any, weights: Path, path: Path) -> None:
 
 
 def describe(model: Any, description: str, metadata: Mapping[str, str], features: Mapping[str, str]) -> None:
-    """In place: what Xcode shows of a model, and a line for each feature; no date."""
+    """In place: what Xcode shows of a model, and the line of each feature that has one; no date."""
     about = model.description.metadata
     about.shortDescription = description
     about.author, about.license = metadata.get("author", ""), metadata.get("license", "")
@@ -45,7 +45,7 @@ def describe(model: Any, description: str, metadata: Mapping[str, str], features
     about.userDefined.pop(DATE, None)
     about.userDefined.update(metadata)
     for feature in (*model.description.input, *model.description.output):
-        feature.shortDescription = features[feature.name]
+        feature.shortDescription = features.get(feature.name, "")
 
 
 def classify(model: Any, scores: str, label: str, probabilities: str, classes: Sequence[str]) -> None:
@@ -83,7 +83,10 @@ def classify(model: Any, scores: str, label: str, probabilities: str, classes: S
 def distinct(labels: Sequence[str]) -> tuple[str, ...]:
     """The labels, those that occur more than once with their index: "crane (134)". A dictionary holds a key once."""
     occurs = Counter(labels)
-    return tuple(f"{label} ({index})" if occurs[label] > 1 else label for index, label in enumerate(labels))
+    while max(occurs.values(), default=1) > 1:  # again where a label looked like a numbered one
+        labels = [f"{label} ({index})" if occurs[label] > 1 else label for index, label in enumerate(labels)]
+        occurs = Counter(labels)
+    return tuple(labels)
 
 
 def _string(text: str) -> Any:

@@ -44,7 +44,7 @@ def obstacle(name: str) -> str | None:
 
 
 def build(trt: ModuleType, model: Path, engine: Path) -> dict[str, Any]:
-    """The engine of `model`, written to `engine`: `{"built": facts}` or `{"refused": [error, ...]}`."""
+    """The engine of `model`, written to `engine`: `built` with facts, `refused` with errors, or `unwritten`."""
     log = error_log(trt)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -63,7 +63,10 @@ def build(trt: ModuleType, model: Path, engine: Path) -> dict[str, Any]:
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         return {"refused": log.messages or ["the builder returned no engine"]}
-    engine.write_bytes(plan)
+    try:
+        engine.write_bytes(plan)
+    except OSError as error:  # no space: the disk's fault, not the model's
+        return {"unwritten": [error.errno, error.strerror]}
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     products = Counter(
         layer.get_output(0).dtype

@@ -112,12 +112,20 @@ class CoreMLTarget:
             )
         return Witness(f"castling-deploy {version('castling-deploy')} MIL evaluator", WitnessKind.REFERENCE)
 
+    def refuse(self, options: CoreMLOptions, batch_size: int) -> None:
+        if options.input == "image" and batch_size != 1:
+            raise UsageError(
+                f"a Core ML image input holds one image, not {batch_size}",
+                hint="use --batch-size 1, or --input tensor",
+            )
+
     def export(self, network: Network, precision: Precision, options: CoreMLOptions, folder: Path) -> Artifact:
-        refuse(network, options)
-        classes = distinct(network.labels or ()) if network.inputs[0].shape[0] == 1 else ()
+        self.refuse(options, network.inputs[0].shape[0])
+        check_network(network, options)
+        classes = distinct(network.labels or ()) if classifies(network) else ()
         pixels, scores = options.input == "image", bool(classes)
         program = exported_program(network, pixels=pixels, scores=scores)
-        outputs = (network.outputs[0].name, *([SCORES] if scores else []))
+        outputs = (*(spec.name for spec in network.outputs), *([SCORES] if scores else []))
         mlmodel = converted(program, network, precision, pixels=pixels, outputs=outputs)
         model = mlmodel.get_spec()
         if classes:
@@ -151,18 +159,20 @@ class CoreMLTarget:
             torch.set_num_threads(before)
 
 
-def refuse(network: Network, options: CoreMLOptions) -> None:
+def check_network(network: Network, options: CoreMLOptions) -> None:
     """Raises UsageError or ExportError for what cannot be built, before anything is imported."""
-    batch, channels = network.inputs[0].shape[:2]
-    order, classes = network.preprocessing.channel_order, network.outputs[0].shape[1]
-    if options.input == "image" and batch != 1:
-        raise UsageError(
-            f"a Core ML image input holds one image, not {batch}", hint="use --batch-size 1, or --input tensor"
-        )
+    channels = network.inputs[0].shape[1]
+    order = network.preprocessing.channel_order
     if options.input == "image" and channels != 1 and (channels, order) != (3, "RGB"):
         raise UsageError(f"Core ML has no image of {channels} channels in the order {order}", hint="use --input tensor")
-    if network.labels is not None and len(network.labels) != classes:
+    classes = network.outputs[0].shape[1]
+    if classifies(network) and network.labels is not None and len(network.labels) != classes:
         raise ExportError(f"{len(network.labels)} labels for {classes} classes", hint="mend the checkpoint's labels")
+
+
+def classifies(network: Network) -> bool:
+    """Whether the network can be a Core ML classifier: one image at a time, one output, a number per class."""
+    return network.inputs[0].shape[0] == 1 and len(network.outputs) == 1 and len(network.outputs[0].shape) == 2
 
 
 def check(package: Package, precision: Precision, *, softmaxes: int) -> None:
@@ -198,11 +208,13 @@ def specs(
     network: Network, options: CoreMLOptions, *, classifier: bool
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Inputs and outputs of the artefact."""
-    (given,), (logits,) = network.inputs, network.outputs
+    (given,), outputs = network.inputs, network.outputs
     batch, channels, height, width = given.shape
     if options.input == "image":
         given = TensorSpec(given.name, (batch, height, width, channels), "uint8", "NHWC", "image")
-    return (given,), (logits, TensorSpec(PROBABILITIES, logits.shape, "float32", "NC")) if classifier else (logits,)
+    if classifier:
+        outputs = (*outputs, TensorSpec(PROBABILITIES, outputs[0].shape, "float32", "NC"))
+    return (given,), outputs
 
 
 def lines(network: Network, options: CoreMLOptions) -> dict[str, str]:
@@ -210,7 +222,7 @@ def lines(network: Network, options: CoreMLOptions) -> dict[str, str]:
     given = "raw pixels" if options.input == "image" else "(x / 255 - mean) / std of the pixels x"
     return {
         network.inputs[0].name: f"{given}, channels in the order {network.preprocessing.channel_order}",
-        network.outputs[0].name: "a number per class, before softmax",
+        "logits": "a number per class, before softmax",
         LABEL: "the most probable class",
         PROBABILITIES: "softmax of the logits, by class",
     }
@@ -255,6 +267,8 @@ def facts(package: Package, network: Network, classes: tuple[str, ...]) -> dict[
         classifier = f"{len(classes)} classes"
     elif network.labels is None:
         classifier = "no: the labels are not known"
+    elif len(network.outputs) > 1:
+        classifier = "no: the network has several outputs"
     else:
         classifier = f"no: Core ML classifies one image at a time, the batch is {batch}"
     return {

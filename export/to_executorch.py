@@ -90,6 +90,9 @@ class ExecuTorchTarget:
     def witness(self) -> Witness:
         return Witness(f"executorch {installed_version() or LINE + 'x'} XNNPACK", WitnessKind.RUNTIME)
 
+    def refuse(self, options: ExecuTorchOptions, batch_size: int) -> None:
+        pass  # every batch can be fixed
+
     def export(self, network: Network, precision: Precision, options: ExecuTorchOptions, folder: Path) -> Artifact:
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.backends.xnnpack.utils.configs import get_transform_passes
@@ -106,7 +109,7 @@ class ExecuTorchTarget:
         contents = pte_contents(data)
         check(contents, network, precision)
         (folder / FILE).write_bytes(data)
-        (image,), (logits,) = network.inputs, network.outputs
+        (image,), logits = network.inputs, network.outputs[0]
         usage = USAGE.format(
             input=image.name,
             shape=image.shape,

@@ -99,6 +99,12 @@ class OnnxTarget:
     def witness(self) -> Witness:
         return Witness(f"onnxruntime {version('onnxruntime')}", WitnessKind.RUNTIME)
 
+    def refuse(self, options: OnnxOptions, batch_size: int) -> None:
+        if options.dynamic and batch_size != 1:
+            raise UsageError(
+                f"a dynamic batch and a batch of {batch_size} exclude each other", hint="leave out one of the two"
+            )
+
     def export(self, network: Network, precision: Precision, options: OnnxOptions, folder: Path) -> Artifact:
         model = onnx_model(network, precision, options.opset, dynamic=options.dynamic)
         write(model, folder / FILE)

@@ -100,6 +100,9 @@ class TensorRTTarget:
             return Witness(f"{module} {version(module)}", WitnessKind.DEVICE)
         return Witness(f"onnxruntime {version('onnxruntime')}{REMARK}", WitnessKind.REFERENCE)
 
+    def refuse(self, options: TensorRTOptions, batch_size: int) -> None:
+        pass  # every batch can be fixed
+
     def export(self, network: Network, precision: Precision, options: TensorRTOptions, folder: Path) -> Artifact:
         model = to_onnx.onnx_model(network, precision, options.opset)
         to_onnx.write(model, folder / to_onnx.FILE)
@@ -175,6 +178,8 @@ def built_engine(module: str, model: Path, engine: Path, limit_s: float = BUILD_
     Raises ExportError when it refuses the model, crashes, or takes longer than `limit_s` seconds.
     """
     answer = in_child([module, str(model), str(engine)], limit_s)
+    if "unwritten" in answer:
+        raise OSError(*answer["unwritten"])
     if "refused" in answer:
         raise ExportError(f"{module} refuses {model.name}: {'; '.join(answer['refused'])}", hint=GRAPH_ALONE)
     return {**answer["built"], "engine_bytes": engine.stat().st_size}

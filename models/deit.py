@@ -24,6 +24,7 @@ from castling_deploy.models.attention import (
 from castling_deploy.models.family import (
     OFFICIAL_THRESHOLD,
     AttentionKind,
+    Output,
     Size,
     Tensors,
     attention_of,
@@ -209,6 +210,7 @@ class DeiTFamily:
     name = "castling-deit"
     baseline = "deit"
     title = "Castling-DeiT"
+    task = "classification"
     reference = "arXiv:2211.10526; DeiT: arXiv:2012.12877"
     variants = _variants()
 
@@ -245,6 +247,9 @@ class DeiTFamily:
             aux_threshold=aux_threshold,
             attention=attention,
         )
+
+    def outputs(self, config: DeiTConfig) -> tuple[Output, ...]:
+        return (Output("logits", (config.classes,), "C"),)
 
     def build(self, config: DeiTConfig) -> nn.Module:
         return CastlingDeiT(config)

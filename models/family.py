@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -25,6 +26,15 @@ AttentionKind = Literal["castling", "softmax"]  # "softmax": the network with it
 OFFICIAL_THRESHOLD = 0.02  # of the auxiliary branch's mask, in GATECH-EIC/Castling-ViT attention.py
 
 
+@dataclass(frozen=True)
+class Output:
+    """An output of a network: name, shape without the batch, axis letters."""
+
+    name: str
+    shape: tuple[int, ...]
+    layout: str
+
+
 class ModelFamily(Protocol):
     """How to recognise, build and resize the networks of one family.
 
@@ -36,6 +46,7 @@ class ModelFamily(Protocol):
     name: str
     baseline: str
     title: str
+    task: str
     reference: str
     variants: Mapping[str, Any]
 
@@ -48,6 +59,9 @@ class ModelFamily(Protocol):
 
     def build(self, config: Any) -> nn.Module:
         """The network in training form, with fresh weights; `strict` loading of the family's tensors succeeds."""
+
+    def outputs(self, config: Any) -> tuple[Output, ...]:
+        """What the network returns, in order; their meaning is that of `task` (castling_deploy.task)."""
 
     def resized(self, tensors: Tensors, config: Any, image_size: Size) -> tuple[Tensors, Any]:
         """The same network for another input size: tensors that depend on it interpolated, and the new config."""
@@ -107,14 +121,41 @@ def family_of(tensors: Tensors, softmax: bool = False) -> ModelFamily:
                 raise CheckpointError(
                     f"this is a softmax network with the names of {family.title}: it has no 'attn.dconv.weight'",
                     hint="only networks trained with linear-angular attention can be castled; "
-                    f"name it with --model (e.g. {example}) to export it as a softmax baseline",
+                    f"name it with --model (e.g. {example}) to export it as a softmax baseline; "
+                    "for experiments, --init-dconv zero adds an untrained token convolution",
                 )
             return family
     some = ", ".join(list(tensors)[:3])
-    raise CheckpointError(
-        f"no Castling network has tensors like these ({len(tensors)} of them: {some}, ...)",
-        hint=f"known families: {', '.join(FAMILIES)}",
-    )
+    closest, missing = closest_family(tensors)
+    message = f"no Castling network has tensors like these ({len(tensors)} of them: {some}, ...)"
+    if closest is not None:
+        more = ", ..." if len(missing) > 3 else ""
+        message += f"; the closest, {closest.title}, also has {', '.join(missing[:3])}{more}"
+    raise CheckpointError(message, hint=f"known families: {', '.join(FAMILIES)}")
+
+
+def closest_family(tensors: Tensors) -> tuple[ModelFamily | None, tuple[str, ...]]:
+    """The family with most of its tensor names among these, and those that are missing; None where it has none.
+
+    Names are compared with their numbers left out, so that depths do not count.
+    """
+
+    def pattern(name: str) -> str:
+        return re.sub(r"\d+", "#", name)
+
+    present = {pattern(name) for name in tensors}
+    best: tuple[float, ModelFamily | None, tuple[str, ...]] = (0.0, None, ())
+    for family in families():
+        with torch.device("meta"):
+            names = list(family.build(next(iter(family.variants.values()))).state_dict())
+        wanted = {pattern(name): name for name in reversed(names) if not name.endswith("num_batches_tracked")}
+        share = len(wanted.keys() & present) / len(wanted)
+        if share > best[0]:
+            missing = tuple(
+                name for name in names if wanted.get(pattern(name)) == name and pattern(name) not in present
+            )
+            best = share, family, missing
+    return best[1:]
 
 
 def native_size(tokens: int, stride: int, stated: Size | None) -> Size:

@@ -34,6 +34,7 @@ from castling_deploy.models.attention import (
 from castling_deploy.models.family import (
     OFFICIAL_THRESHOLD,
     AttentionKind,
+    Output,
     Size,
     Tensors,
     attention_of,
@@ -356,6 +357,7 @@ class LeViTFamily:
     name = "castling-levit"
     baseline = "levit"
     title = "Castling-LeViT"
+    task = "classification"
     reference = "arXiv:2211.10526; LeViT: arXiv:2104.01136"
     variants = VARIANTS
 
@@ -386,6 +388,9 @@ class LeViTFamily:
             attention=attention,
             down="linear" if "stages.1.downsample.attn_downsample.dconv.weight" in tensors else "softmax",
         )
+
+    def outputs(self, config: LeViTConfig) -> tuple[Output, ...]:
+        return (Output("logits", (config.classes,), "C"),)
 
     def build(self, config: LeViTConfig) -> nn.Module:
         return CastlingLeViT(config)

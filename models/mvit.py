@@ -42,6 +42,7 @@ from castling_deploy.models.attention import (
 from castling_deploy.models.family import (
     OFFICIAL_THRESHOLD,
     AttentionKind,
+    Output,
     Size,
     Tensors,
     attention_of,
@@ -460,6 +461,7 @@ class MViTv2Family:
     name = "castling-mvitv2"
     baseline = "mvitv2"
     title = "Castling-MViTv2"
+    task = "classification"
     reference = "arXiv:2211.10526; MViTv2: arXiv:2112.01526"
     variants = VARIANTS
 
@@ -491,6 +493,9 @@ class MViTv2Family:
             aux_threshold=aux_threshold,
             attention=attention,
         )
+
+    def outputs(self, config: MViTv2Config) -> tuple[Output, ...]:
+        return (Output("logits", (config.classes,), "C"),)
 
     def build(self, config: MViTv2Config) -> nn.Module:
         return CastlingMViTv2(config)

@@ -6,9 +6,12 @@ import argparse
 import json
 import os
 import pickle
-from collections import OrderedDict
-from collections.abc import Callable
+import re
+import sys
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,9 @@ import pytest
 import torch
 from networks import small
 from safetensors.torch import save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from castling_deploy.checkpoint import read
 from castling_deploy.errors import CastlingError, CheckpointError, UsageError
@@ -43,7 +49,7 @@ CONTAINERS: dict[str, tuple[Any, tuple[str, ...]]] = {
     ),
     "timm prefers the average": (
         {"state_dict": {"wrong": torch.zeros(1)}, "state_dict_ema": TENSORS, "arch": "x", "metric": np.float64(3.0)},
-        ("container 'state_dict_ema'",),
+        ("container 'state_dict_ema', preferred to 'state_dict'",),
     ),
     "slowfast": ({"model_state": TENSORS, "cfg": "yaml"}, ("container 'model_state'",)),
     "ddp": (prefixed("module."), ("prefix 'module.'",)),
@@ -51,7 +57,28 @@ CONTAINERS: dict[str, tuple[Any, tuple[str, ...]]] = {
         {"model": prefixed("_orig_mod.module.")},
         ("container 'model'", "prefix 'module.'", "prefix '_orig_mod.'"),
     ),
+    "facebook training prefers the average": (
+        {"model": {"wrong": torch.zeros(1)}, "model_ema": TENSORS, "args": argparse.Namespace(output=Path("x"))},
+        ("container 'model_ema', preferred to 'model'",),
+    ),
     "lightning": ({"state_dict": prefixed("model."), "epoch": 1}, ("container 'state_dict'", "prefix 'model.'")),
+    "lightning around ddp": (
+        {
+            "state_dict": prefixed("net.module."),
+            "pytorch-lightning_version": "2.5",
+            "callbacks": {"ModelCheckpoint": {"best_model_path": "x", "best_model_score": torch.tensor(0.7)}},
+            "hyper_parameters": {"args": argparse.Namespace(lr=np.float32(1)), "seen": defaultdict(list, a=[1])},
+        },
+        ("container 'state_dict'", "prefix 'module.'", "prefix 'net.'"),
+    ),
+    "metrics as arrays": (
+        {"state_dict": TENSORS, "history": np.arange(3.0)},
+        ("container 'state_dict'",),
+    ),
+    "mmdet": (
+        {"meta": {"env_info": "x", "epoch": 3}, "state_dict": TENSORS, "optimizer": {"state": {}}},
+        ("container 'state_dict'",),
+    ),
 }
 
 
@@ -65,9 +92,96 @@ def test_containers_and_prefixes_are_peeled_and_reported(name: str, legacy: bool
     assert checkpoint.peeled == peeled
 
 
-def test_a_wrapper_in_the_middle_of_a_name_is_peeled(tmp_path: Path) -> None:
-    path = saved(tmp_path / "c.pth", {"blocks.0._orig_mod.attn.weight": torch.ones(1)})
-    assert list(read(path).tensors) == ["blocks.0.attn.weight"]
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A group of one process, which DistributedDataParallel asks for."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def with_compiled_attention(network: nn.Module) -> nn.Module:
+    network.blocks[0].attn = torch.compile(network.blocks[0].attn)  # type: ignore[union-attr, index, operator]
+    return network
+
+
+def averaged(network: nn.Module) -> nn.Module:
+    average = AveragedModel(DistributedDataParallel(network))
+    average.update_parameters(DistributedDataParallel(network))
+    return average
+
+
+class Trainer(nn.Module):
+    """Holds the network as an attribute, as Lightning modules do."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.model = network
+
+
+WRAPPED: dict[str, tuple[Callable[[nn.Module], nn.Module], set[str]]] = {
+    "DistributedDataParallel": (DistributedDataParallel, {"prefix 'module.'"}),
+    "DataParallel": (nn.DataParallel, {"prefix 'module.'"}),
+    "torch.compile": (torch.compile, {"prefix '_orig_mod.'"}),
+    "a compiled submodule": (with_compiled_attention, {"prefix '_orig_mod.'"}),
+    "AveragedModel of DDP": (averaged, {"prefix 'module.'"}),
+    "compiled DDP in a trainer": (
+        lambda network: Trainer(torch.compile(DistributedDataParallel(network))),  # type: ignore[arg-type]
+        {"prefix 'module.'", "prefix '_orig_mod.'", "prefix 'model.'"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_what_real_wrappers_save_is_the_network_inside(name: str, tmp_path: Path, process_group: None) -> None:
+    wrap, peeled = WRAPPED[name]
+    x = torch.randn(2, 3, 32, 32)
+    expected = small("deit")(x)
+    path = saved(tmp_path / "c.pth", {"state_dict": wrap(small("deit").requires_grad_(True)).state_dict()})
+    loaded, card = identify(read(path))
+    assert torch.equal(loaded(x), expected)
+    assert set(card.peeled) == {"container 'state_dict'", *peeled}
+
+
+def test_one_tensor_with_and_without_a_wrapper_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"two tensors 'head.weight'"):
+        read(saved(tmp_path / "c.pth", {**TENSORS, "module.head.weight": torch.ones(1)}))
+
+
+# As mmengine/logging/history_buffer.py saves itself: arrays, and methods, which pickle as getattr(HistoryBuffer, name).
+HISTORY_BUFFER = """
+import numpy as np
+
+class HistoryBuffer:
+    def __init__(self):
+        self._log_history, self._count_history, self.max_length = np.ones(3), np.ones(3, dtype=np.int64), 10
+
+    def mean(self):
+        raise AssertionError("a method of the file's class was called")
+
+    def __getstate__(self):
+        return {**self.__dict__, "statistics_methods": {"mean": HistoryBuffer.mean}}
+
+    def __setstate__(self, state):
+        raise AssertionError("the file's class was used")
+"""
+
+
+def test_mmengines_history_is_passed_over_without_mmengine(tmp_path: Path) -> None:
+    name = "mmengine.logging.history_buffer"
+    module = ModuleType(name)
+    module.__dict__["__name__"] = name
+    exec(HISTORY_BUFFER, module.__dict__)
+    with pytest.MonkeyPatch.context() as patch:
+        for parent in ("mmengine", "mmengine.logging"):
+            patch.setitem(sys.modules, parent, ModuleType(parent))
+        patch.setitem(sys.modules, name, module)
+        content = {"state_dict": TENSORS, "message_hub": {"log_scalars": OrderedDict(loss=module.HistoryBuffer())}}
+        path = saved(tmp_path / "c.pth", content)
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        assert {f"{name}.HistoryBuffer", "builtins.getattr"} <= set(found)
+        assert read(path).tensors.keys() == TENSORS.keys()
+    assert name not in sys.modules and read(path).tensors.keys() == TENSORS.keys()
 
 
 def test_an_attribute_prefix_stays_where_not_all_names_have_it(tmp_path: Path) -> None:
@@ -82,7 +196,7 @@ def test_bookkeeping_is_dropped_and_named(tmp_path: Path) -> None:
             **TENSORS,
             "n_averaged": torch.tensor(3),
             "bn.num_batches_tracked": torch.tensor(1),
-            "ema_head_weight": torch.ones(1),
+            "ema_head_weight": torch.ones(1),  # PicoDet's port
         },
     )
     checkpoint = read(path)
@@ -102,6 +216,13 @@ def test_safetensors_and_torch_files_hold_the_same_tensors(tmp_path: Path) -> No
     first, second = read(tmp_path / "c.safetensors"), read(saved(tmp_path / "c.pth", TENSORS))
     assert all(torch.equal(first.tensors[name], second.tensors[name]) for name in TENSORS)
     assert first.sha256 != second.sha256
+
+
+def test_lightnings_hyper_parameters_may_be_an_omegaconf_tree(tmp_path: Path) -> None:
+    omegaconf = pytest.importorskip("omegaconf")
+    tree = omegaconf.OmegaConf.create({"lr": 0.1, "name": "x", "steps": [1, 2], "deep": {"on": True, "none": None}})
+    path = saved(tmp_path / "c.ckpt", {"state_dict": prefixed("model."), "hyper_parameters": tree})
+    assert read(path).tensors.keys() == TENSORS.keys()
 
 
 class Malicious:
@@ -130,6 +251,43 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(how: str, tmp_
 def test_the_refusal_names_what_the_pickle_would_import(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"posix\.system|nt\.system"):
         read(saved(tmp_path / "c.pth", {"evil": Malicious(tmp_path / "marker")}))
+
+
+class CallsAMethod:
+    """Unpickling this calls what getattr gave."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return "{}".format, ("x",)
+
+
+def test_what_a_stand_in_returns_is_never_called(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="wants to run code"):
+        read(saved(tmp_path / "c.pth", {**TENSORS, "evil": CallsAMethod()}))
+
+
+ARRAYS = {name: value.numpy() for name, value in TENSORS.items()}
+PLAIN_PICKLES: dict[str, tuple[str, Any, str, str]] = {
+    "detectron2": (
+        "c.pkl",
+        {"model": ARRAYS, "__author__": "x", "matching_heuristics": True},
+        "detectron2's plain pickle of numpy arrays",
+        "torch.from_numpy",
+    ),
+    "Paddle": ("c.pdparams", {**ARRAYS, "StructuredToParameterName@@": {}}, "is a Paddle file", "PyTorch port"),
+    "Paddle renamed": ("c.pth", {**ARRAYS, "StructuredToParameterName@@": {}}, "is a Paddle file", "PyTorch port"),
+    "somebody's arrays": ("c.pth", ARRAYS, "a plain pickle of numpy arrays", "torch.from_numpy"),
+    "a whole network": ("c.pkl", small("deit"), "wants to run code", r"state_dict\(\)"),
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("name", PLAIN_PICKLES)
+def test_plain_pickles_are_refused_with_the_reason_and_what_to_do(name: str, protocol: int, tmp_path: Path) -> None:
+    file, content, message, hint = PLAIN_PICKLES[name]
+    (tmp_path / file).write_bytes(pickle.dumps(content, protocol))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read(tmp_path / file)
+    assert caught.value.hint and re.search(hint, caught.value.hint)
 
 
 @pytest.mark.parametrize("name", ["c.safetensors", "c.pth"])

@@ -23,8 +23,9 @@ Files = Callable[[str], Path]
 
 
 def is_two_lines(run: Run) -> bool:
-    lines = run.err.strip().splitlines()
-    return len(lines) == 2 and lines[0].startswith("error: ") and lines[1].startswith("  hint: ")
+    """The last two lines, after the stages."""
+    *stages, error, hint = run.err.strip().splitlines()
+    return error.startswith("error: ") and hint.startswith("  hint: ") and "Traceback" not in "".join(stages)
 
 
 def test_help_names_every_command_and_exit_code() -> None:
@@ -70,6 +71,21 @@ USAGE = {
     ),
     "a bad opset": (["export", "--target", "onnx", "--opset", "11"], "opset 11", "20"),
     "a bad input kind": (["export", "--target", "coreml", "--input", "picture"], "picture", "image"),
+    "a typo beside all": (["export", "--target", "all,onnxx"], "unknown target 'onnxx'", "did you mean 'onnx'"),
+    "a fixed and a dynamic batch": (
+        ["export", "--target", "onnx", "--dynamic", "-b", "3"],
+        "exclude each other",
+        "leave out one",
+    ),
+    "several images in one Core ML image": (
+        ["export", "--target", "coreml", "--input", "image", "-b", "2"],
+        "holds one image, not 2",
+        "--batch-size 1",
+    ),
+    "a dry run of nothing": (["export", "nowhere.pth", "--target", "onnx", "--dry-run"], "no file", "path"),
+    "a negative seed": (["export", "--target", "onnx", "--seed", "-1"], "--seed", "castling export --help"),
+    "a size in another script": (["export", "--target", "onnx", "--imgsz", "\u00b2"], "no image size", "--help"),
+    "a name that no disk holds": (["export", "--target", "onnx", "-o", "x" * 300], "cannot write", "--output"),
     "a bad size": (["export", "--target", "onnx", "--imgsz", "big"], "no image size", "--help"),
     "a size that no patch fits": (
         ["export", "--target", "onnx", "-m", "castling-deit-digits", "--imgsz", "33"],
@@ -294,3 +310,78 @@ def test_bench_times_a_folder(tmp_path: Path, checkpoint_file: Files) -> None:
     (folder,) = tmp_path.iterdir()
     run = castling("bench", folder, "--json")
     assert run.code == 0 and run.document["latency"][0]["median_s"] > 0
+
+
+def exported(tmp_path: Path, checkpoint: Path) -> Path:
+    run = castling("export", checkpoint, "--target", "onnx", "--no-benchmark", "-o", tmp_path, "--json")
+    return Path(run.document["artifacts"][0]["path"])
+
+
+def test_verify_does_not_pass_what_failed_at_its_export(tmp_path: Path, checkpoint_file: Files) -> None:
+    folder = exported(tmp_path, checkpoint_file("deit"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "parity": "fail"}))
+    run = castling("verify", folder, "--json")
+    assert run.code == 3 and "at its export" in run.err and "error: " in run.err
+
+
+def test_verify_and_export_print_the_same_shapes(tmp_path: Path, checkpoint_file: Files) -> None:
+    folder = exported(tmp_path, checkpoint_file("deit"))
+    document = castling("verify", folder, "--checkpoint", checkpoint_file("deit"), "--json").document
+    parity = json.loads((folder / "parity.json").read_text())
+    assert document["parity"].keys() == parity.keys() and document["parity"]["verdict"] == document["verdict"] == "pass"
+    assert document["golden"].keys() == parity["witnesses"][0].keys()
+
+
+@pytest.mark.parametrize(
+    "manifest", [{"target": 5}, {"precision": "fp8"}, {"precision": "int8"}, {"inputs": 3}, {"noise_rel": None}]
+)
+def test_a_damaged_manifest_is_a_clear_error(
+    manifest: dict[str, object], tmp_path: Path, checkpoint_file: Files
+) -> None:
+    folder = exported(tmp_path, checkpoint_file("deit"))
+    whole = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**whole, **manifest}))
+    run = castling("verify", folder)
+    assert run.code == 2 and is_two_lines(run)
+
+
+def test_an_artefact_behind_a_symlink_is_replaced_without_touching_what_it_points_to(
+    tmp_path: Path, checkpoint_file: Files
+) -> None:
+    folder = exported(tmp_path, checkpoint_file("deit"))
+    elsewhere = tmp_path / "elsewhere"
+    folder.rename(elsewhere)
+    folder.symlink_to(elsewhere)
+    before = (elsewhere / "manifest.json").read_bytes()
+    run = castling(
+        "export", checkpoint_file("deit"), "--target", "onnx", "--no-benchmark", "--overwrite", "-o", tmp_path
+    )
+    assert run.code == 0, run.err
+    assert not folder.is_symlink() and (elsewhere / "manifest.json").read_bytes() == before
+    assert not any(tmp_path.glob(".*"))
+
+
+def test_paths_with_brackets_and_spaces_are_printed_as_they_can_be_typed(
+    tmp_path: Path, checkpoint_file: Files
+) -> None:
+    out = tmp_path / "out [bold] x"
+    run = castling("export", checkpoint_file("deit"), "--target", "onnx", "--no-benchmark", "-o", out)
+    assert run.code == 0 and f"castling verify '{out}" in run.err
+
+
+def test_an_interrupt_before_torch_is_there_is_one_json_document_too() -> None:
+    code = (
+        "import sys\nfrom castling_deploy import cli, request\n"
+        "def interrupt(request):\n    raise KeyboardInterrupt\n"
+        "request.plan = interrupt\nsys.modules['torch'] = None\n"
+        "sys.exit(cli.run(cli.castling, ['export', '--target', 'onnx', '--json'], 'castling'))"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 130 and json.loads(process.stdout)["error"]["exit_code"] == 130
+
+
+def test_closed_streams_are_no_crash(checkpoint_file: Files) -> None:
+    command = f"{sys.executable} -c 'from castling_deploy.cli import main; main()' doctor"
+    for streams in (">&-", "2>&-", ">&- 2>&-"):
+        assert subprocess.run(["bash", "-c", f"{command} {streams}"], capture_output=True).returncode == 0

@@ -25,6 +25,7 @@ from castling_deploy.parity import ParityReport, Verdict
 from castling_deploy.probes import probes_for
 from castling_deploy.rewrite import copied
 from castling_deploy.target import Precision, target_named
+from castling_deploy.task import task_named
 from castling_deploy.verification import verify_artifact
 
 Defect = Callable[[nn.Module], nn.Module]
@@ -202,7 +203,8 @@ def trained() -> Bundled:
     def get(name: str) -> tuple[nn.Module, ModelCard, Ladder]:
         if name not in known:
             network, card = identify(read(bundled.checkpoint_path(name)))
-            known[name] = network, card, climb(network, probes_for(card.preprocessing, card.samples).few(24))
+            probes = probes_for(card.preprocessing, card.samples).few(24)
+            known[name] = network, card, climb(network, task_named(card.task), card.outputs, probes)
         return known[name]
 
     return get

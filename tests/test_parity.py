@@ -16,7 +16,6 @@ from castling_deploy.parity import (
     Verdict,
     WitnessReport,
     compare,
-    top1_accuracy,
     top1_agreement,
 )
 from castling_deploy.target import Precision, Witness, WitnessKind
@@ -131,21 +130,16 @@ def test_a_flip_counts_only_beyond_the_margin() -> None:
     assert top1_agreement(clear, expected, bound=1e-5) == 0.5
 
 
-def test_accuracy_counts_the_labelled_images_only() -> None:
-    logits = np.eye(3, dtype=np.float32)
-    assert top1_accuracy(logits, np.array([0, 2])) == 50
-    assert top1_accuracy(logits, None) is None
-
-
 def report(*rungs: Rung, verdict: Verdict = Verdict.PASS) -> ParityReport:
-    output = OutputParity("logits", 0, 0, 1, None, 1, verdict)
+    output = OutputParity("logits", 1, 0, 1, 0, 0, 1, None, 1, verdict)
     witnesses = (WitnessReport(Witness("x", WitnessKind.RUNTIME), (output,), None),)
-    return ParityReport(Precision.FP32, 1, 1, 0, 10, rungs, witnesses)
+    return ParityReport(Precision.FP32, 10, rungs, witnesses)
 
 
-def test_one_bad_rung_decides_and_the_cast_does_not() -> None:
+def test_one_bad_rung_decides_and_an_open_cast_does_not() -> None:
     good, cast = Rung("fold", 0, 1e-9, Verdict.PASS), Rung("cast", 1, None, Verdict.INCONCLUSIVE)
     assert report(cast, good).verdict is Verdict.PASS
+    assert report(Rung("cast", 1, None, Verdict.FAIL), good).verdict is Verdict.FAIL, "the cast harmed the task"
     assert report(cast, Rung("fold", 1, 1e-9, Verdict.FAIL)).verdict is Verdict.FAIL
     assert report(cast, good, verdict=Verdict.INCONCLUSIVE).verdict is Verdict.INCONCLUSIVE
-    assert ParityReport(Precision.FP32, 1, 1, 0, 0, (good,), ()).verdict is Verdict.INCONCLUSIVE
+    assert ParityReport(Precision.FP32, 0, (good,), ()).verdict is Verdict.INCONCLUSIVE

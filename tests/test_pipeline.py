@@ -150,7 +150,7 @@ def test_verify_passes_on_what_export_wrote_and_opens_it_from_numpy(
     assert seen.verdict == "pass" and seen.parity is not None
     images = np.load(path / "golden" / "images.npy")
     with castling_deploy.open(path) as model:
-        np.testing.assert_allclose(model(images[:3])["logits"], np.load(path / "golden" / "logits.npy")[:3], atol=1e-3)
+        np.testing.assert_allclose(model(images[:3]), np.load(path / "golden" / "logits.npy")[:3], atol=1e-3)
 
 
 def test_two_runs_in_two_processes_give_the_same_bytes(deployed: Callable[[str, str], Run], tmp_path: Path) -> None:

@@ -334,3 +334,7 @@ def test_loading_sets_threads_for_as_long_as_the_session_lives(export: Callable[
 def test_a_folder_without_a_package_is_an_export_error(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"is no \.mlpackage"), CoreMLTarget().load(tmp_path):
         pass
+
+
+def test_labels_that_look_like_numbered_ones_stay_distinct() -> None:
+    assert distinct(("a", "a", "a (0)", "b")) == ("a (0) (0)", "a (1)", "a (0) (2)", "b")
