@@ -19,6 +19,7 @@ from castling_deploy.errors import ParityError, ShapeError, TargetUnavailableErr
 from castling_deploy.execution import inputs_for, run_artifact
 from castling_deploy.fold import fold as folded
 from castling_deploy.identify import ModelCard, identify
+from castling_deploy.models.family import family_of
 from castling_deploy.parity import Array, Verdict
 from castling_deploy.probes import Probes
 from castling_deploy.quiet import toolchain
@@ -172,4 +173,6 @@ def _card_from_weights(network: nn.Module) -> ModelCard:
     tensors = {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
     config = getattr(network, "config", None)
     facts = {"image_size": list(config.image_size), "aux_threshold": config.aux_threshold} if config else {}
-    return identify(reading.Checkpoint(Path("in-memory"), None, tensors, card=facts))[1]
+    is_baseline = getattr(config, "attention", None) == "softmax"
+    model = family_of(tensors, softmax=True).baseline if is_baseline else None
+    return identify(reading.Checkpoint(Path("in-memory"), None, tensors, card=facts), model=model)[1]

@@ -18,10 +18,11 @@ from castling_deploy.probes import Probes
 from castling_deploy.rewrite import copied
 from castling_deploy.task import Outputs, Task
 
-BATCH = 32
+BATCH = 8  # images at once: a softmax map of MViTv2 takes 39 MB per image and head
 # Folding is exact in real arithmetic. In float64 a deep network repeats itself to about 1e-14 of the spread.
 FOLD_TOLERANCE = Tolerance(1e-9, float(np.finfo(np.float64).eps))
 FOLD_PROBES = 4
+EVIDENCE_IMAGES = 8  # that the cast's evidence is gathered on
 # What the cast may cost of the task's score on labelled images, in percent, before it is called harmful.
 CAST_MAX_DROP = 0.5
 
@@ -86,7 +87,7 @@ def climb(
     castled = castle(network)
     folded = fold(castled, steps.append)
     advance(0.1)
-    layers = measure_cast(network, torch.from_numpy(probes.tensors[: min(probes.real, BATCH)]))
+    layers = measure_cast(network, torch.from_numpy(probes.tensors[: min(probes.real, EVIDENCE_IMAGES)]))
     advance(0.2)
     trained_outputs = run(network, names, probes.tensors)
     advance(0.5)

@@ -126,7 +126,7 @@ def family_of(tensors: Tensors, softmax: bool = False) -> ModelFamily:
                     f"this is a softmax network with the names of {family.title}: it has no 'attn.dconv.weight'",
                     hint="only networks trained with linear-angular attention can be castled; "
                     f"name it with --model (e.g. {example}) to export it as a softmax baseline; "
-                    "for experiments, --init-dconv zero adds an untrained one",
+                    "for experiments, --init-dconv zero adds an untrained token convolution",
                 )
             return family
     some = ", ".join(list(tensors)[:3])
