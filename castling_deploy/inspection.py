@@ -16,9 +16,8 @@ from castling_deploy.castle import LayerCast, castle, measure_cast
 from castling_deploy.checkpoint import read
 from castling_deploy.fold import FoldStep, fold
 from castling_deploy.identify import ModelCard, identify
+from castling_deploy.ladder import EVIDENCE_IMAGES
 from castling_deploy.probes import probes_for
-
-IMAGES = 8  # real images that the evidence of the cast is gathered on
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def inspect_checkpoint(
     steps: list[FoldStep] = []
     folded = fold(castled, steps.append)
     probes = probes_for(card.preprocessing, card.samples)
-    layers = measure_cast(network, torch.from_numpy(probes.tensors[:IMAGES]))
+    layers = measure_cast(network, torch.from_numpy(probes.tensors[:EVIDENCE_IMAGES]))
     dead = sorted({name for name, _ in network.named_parameters()} - {name for name, _ in castled.named_parameters()})
     shape = (1, card.config.channels, *card.config.image_size)
     return Inspection(

@@ -68,6 +68,11 @@ class DeiTConfig:
         return 2 if self.distilled else 1
 
     def __post_init__(self) -> None:
+        if self.heads < 1 or self.width % self.heads:
+            raise ShapeError(
+                f"{self.width} channels cannot be split over {self.heads} heads",
+                hint="choose a number of heads that divides the channels",
+            )
         if any(side <= 0 or side % self.patch for side in self.image_size):
             height, width = self.image_size
             raise ShapeError(
