@@ -122,7 +122,7 @@ class Model:
         (spec,) = self.folder.artifact.inputs
         inputs = images
         if images.dtype == np.uint8:
-            inputs = inputs_for(spec, Probes.of(images.astype(np.uint8), self.folder.preprocessing))
+            inputs = inputs_for(spec, Probes.of(images.astype(np.uint8, copy=False), self.folder.preprocessing))
         if inputs.shape[1:] != spec.shape[1:] or inputs.dtype != spec.dtype:
             raise ShapeError(
                 f"images are {images.dtype} {images.shape}, the artefact takes {spec.dtype} (B, *{spec.shape[1:]})",
@@ -163,9 +163,8 @@ def _card(network: nn.Module) -> ModelCard | None:
 
 def _fingerprint(network: nn.Module) -> tuple[float, ...]:
     """One number per tensor: whether weights were changed since, not a hash against forgers."""
-    return tuple(
-        tensor.double().norm().item() + tensor.double().sum().item() for tensor in network.state_dict().values()
-    )
+    doubles = (tensor.double() for tensor in network.state_dict().values())
+    return tuple((tensor.norm() + tensor.sum()).item() for tensor in doubles)
 
 
 def _card_from_weights(network: nn.Module) -> ModelCard:

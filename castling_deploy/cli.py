@@ -268,8 +268,10 @@ def inspect(
 
     console = stderr_console()
     if path is not None and (path / MANIFEST).is_file():
-        if model or imgsz:
-            raise UsageError("an artefact folder has its model and its size", hint="leave out --model and --imgsz")
+        if model or imgsz or init_dconv:
+            raise UsageError(
+                "an artefact folder has its model and its size", hint="leave out --model, --imgsz and --init-dconv"
+            )
         folder = read_folder(path)
         console.print_json(json.dumps(plain(folder.manifest)))
         document: Any = folder.manifest

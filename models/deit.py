@@ -30,6 +30,7 @@ from castling_deploy.models.family import (
     attention_of,
     count,
     interpolated,
+    logits,
     native_size,
     tensor,
     with_baselines,
@@ -255,7 +256,7 @@ class DeiTFamily:
         )
 
     def outputs(self, config: DeiTConfig) -> tuple[Output, ...]:
-        return (Output("logits", (config.classes,), "C"),)
+        return logits(config.classes)
 
     def build(self, config: DeiTConfig) -> nn.Module:
         return CastlingDeiT(config)

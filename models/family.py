@@ -36,6 +36,11 @@ class Output:
     layout: str
 
 
+def logits(classes: int) -> tuple[Output, ...]:
+    """What every classifier returns."""
+    return (Output("logits", (classes,), "C"),)
+
+
 class ModelFamily(Protocol):
     """How to recognise, build and resize the networks of one family.
 

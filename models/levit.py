@@ -40,6 +40,7 @@ from castling_deploy.models.family import (
     attention_of,
     count,
     interpolated,
+    logits,
     native_size,
     tensor,
     with_baselines,
@@ -391,7 +392,7 @@ class LeViTFamily:
         )
 
     def outputs(self, config: LeViTConfig) -> tuple[Output, ...]:
-        return (Output("logits", (config.classes,), "C"),)
+        return logits(config.classes)
 
     def build(self, config: LeViTConfig) -> nn.Module:
         return CastlingLeViT(config)

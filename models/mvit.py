@@ -47,6 +47,7 @@ from castling_deploy.models.family import (
     Tensors,
     attention_of,
     count,
+    logits,
     tensor,
     with_baselines,
 )
@@ -496,7 +497,7 @@ class MViTv2Family:
         )
 
     def outputs(self, config: MViTv2Config) -> tuple[Output, ...]:
-        return (Output("logits", (config.classes,), "C"),)
+        return logits(config.classes)
 
     def build(self, config: MViTv2Config) -> nn.Module:
         return CastlingMViTv2(config)
