@@ -28,8 +28,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from castling_deploy.castle import castle, measure_cast
-from castling_deploy.models.deit import CastlingDeiT, DeiTConfig
-from castling_deploy.models.levit import CastlingLeViT, LeViTConfig
+from castling_deploy.models.deit import CastlingDeiT
+from castling_deploy.models.deit_config import DeiTConfig
+from castling_deploy.models.levit import CastlingLeViT
+from castling_deploy.models.levit_config import LeViTConfig
 from castling_deploy.preprocessing import Preprocessing
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,14 +6,12 @@ Plain and distilled. State-dict names are those of facebook's and timm's DeiT; t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from castling_deploy.errors import CheckpointError, FoldError, ShapeError
+from castling_deploy.errors import FoldError
 from castling_deploy.fold import affine_before, layernorm_affine, mean_of_each, without_affine
 from castling_deploy.models.attention import (
     FoldedAttention,
@@ -21,65 +19,8 @@ from castling_deploy.models.attention import (
     LinearAngularAttention,
     SoftmaxAttention,
 )
-from castling_deploy.models.family import (
-    OFFICIAL_THRESHOLD,
-    AttentionKind,
-    Output,
-    Size,
-    Tensors,
-    attention_of,
-    count,
-    interpolated,
-    logits,
-    native_size,
-    tensor,
-    with_baselines,
-)
+from castling_deploy.models.deit_config import DeiTConfig
 from castling_deploy.models.layers import Mlp
-
-HEAD_DIM = 64  # of every published DeiT; the tensors of a softmax network do not tell
-
-
-@dataclass(frozen=True)
-class DeiTConfig:
-    """Hyper-parameters; the defaults are Castling-DeiT-T's. Sizes in pixels, `patch` the side of a square patch."""
-
-    width: int = 192
-    heads: int = 3
-    depth: int = 12
-    hidden: int = 768
-    distilled: bool = False
-    image_size: Size = (224, 224)
-    patch: int = 16
-    channels: int = 3
-    classes: int = 1000
-    qkv_bias: bool = True
-    kernel: int = 9
-    aux_threshold: float = OFFICIAL_THRESHOLD
-    attention: AttentionKind = "castling"
-
-    @property
-    def grid(self) -> Size:
-        """Patches along height and width."""
-        return self.image_size[0] // self.patch, self.image_size[1] // self.patch
-
-    @property
-    def prefix(self) -> int:
-        """Tokens in front of the patches: the class token, and the distillation token where there is one."""
-        return 2 if self.distilled else 1
-
-    def __post_init__(self) -> None:
-        if self.heads < 1 or self.width % self.heads:
-            raise ShapeError(
-                f"{self.width} channels cannot be split over {self.heads} heads",
-                hint="choose a number of heads that divides the channels",
-            )
-        if any(side <= 0 or side % self.patch for side in self.image_size):
-            height, width = self.image_size
-            raise ShapeError(
-                f"an image of {height} x {width} pixels cannot be cut into patches of {self.patch}",
-                hint=f"use multiples of {self.patch} for --imgsz",
-            )
 
 
 class Block(nn.Module):
@@ -198,72 +139,3 @@ class FoldedDeiT(nn.Module):
         for block in self.blocks:  # type: ignore[attr-defined]  # a ModuleList
             x = block(x)
         return self.head(self.norm(x[:, : self.config.prefix]).flatten(1))
-
-
-def _variants() -> Mapping[str, DeiTConfig]:
-    sizes = {
-        "tiny": DeiTConfig(),
-        "small": DeiTConfig(width=384, heads=6, hidden=1536),
-        "base": DeiTConfig(width=768, heads=12, hidden=3072),
-    }
-    distilled = {f"{name}-distilled": replace(config, distilled=True) for name, config in sizes.items()}
-    return with_baselines({f"castling-deit-{name}": config for name, config in {**sizes, **distilled}.items()})
-
-
-class DeiTFamily:
-    """Recognises, builds and resizes Castling-DeiT."""
-
-    name = "castling-deit"
-    baseline = "deit"
-    title = "Castling-DeiT"
-    task = "classification"
-    preprocessing: Mapping[str, Any] = {}
-    reference = "arXiv:2211.10526; DeiT: arXiv:2012.12877"
-    variants = _variants()
-
-    def recognises(self, tensors: Tensors) -> bool:
-        return {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= tensors.keys()
-
-    def config_of(self, tensors: Tensors, image_size: Size | None, aux_threshold: float) -> DeiTConfig:
-        width, channels, patch, patch_width = tensor(tensors, "patch_embed.proj.weight").shape
-        attention = attention_of(tensors)
-        heads, kernel = width // HEAD_DIM, DeiTConfig.kernel
-        if attention == "castling":
-            heads, _, kernel, _ = tensor(tensors, "blocks.0.attn.dconv.weight").shape
-        elif width % HEAD_DIM:
-            raise CheckpointError(
-                f"{width} channels do not tell the number of heads of a softmax network",
-                hint=f"DeiT's heads have {HEAD_DIM} channels",
-            )
-        distilled = "dist_token" in tensors
-        patches = tensor(tensors, "pos_embed").shape[1] - (2 if distilled else 1)
-        if patch != patch_width:
-            raise CheckpointError(f"patches of {patch} x {patch_width} pixels are not square", hint="DeiT's are")
-        return DeiTConfig(
-            width=width,
-            heads=heads,
-            depth=count(tensors, "blocks."),
-            hidden=tensor(tensors, "blocks.0.mlp.fc1.weight").shape[0],
-            distilled=distilled,
-            image_size=native_size(patches, patch, image_size),
-            patch=patch,
-            channels=channels,
-            classes=tensor(tensors, "head.weight").shape[0],
-            qkv_bias="blocks.0.attn.qkv.bias" in tensors,
-            kernel=kernel,
-            aux_threshold=aux_threshold,
-            attention=attention,
-        )
-
-    def outputs(self, config: DeiTConfig) -> tuple[Output, ...]:
-        return logits(config.classes)
-
-    def build(self, config: DeiTConfig) -> nn.Module:
-        return CastlingDeiT(config)
-
-    def resized(self, tensors: Tensors, config: DeiTConfig, image_size: Size) -> tuple[Tensors, DeiTConfig]:
-        new = replace(config, image_size=image_size)
-        prefix, grid = tensors["pos_embed"].split([config.prefix, math.prod(config.grid)], dim=1)
-        grid = grid.transpose(1, 2).unflatten(2, config.grid)  # (1, C, h, w)
-        grid = interpolated(grid, new.grid).flatten(2).transpose(1, 2)
-        return {**tensors, "pos_embed": torch.cat([prefix, grid], dim=1)}, new

@@ -76,9 +76,9 @@ class ModelFamily(Protocol):
 
 
 FAMILIES: Mapping[str, str] = {
-    "castling-deit": "castling_deploy.models.deit:DeiTFamily",
-    "castling-levit": "castling_deploy.models.levit:LeViTFamily",
-    "castling-mvitv2": "castling_deploy.models.mvit:MViTv2Family",
+    "castling-deit": "castling_deploy.models.deit_family:DeiTFamily",
+    "castling-levit": "castling_deploy.models.levit_family:LeViTFamily",
+    "castling-mvitv2": "castling_deploy.models.mvit_family:MViTv2Family",
     "picodet": "castling_deploy.models.picodet:PicoDetFamily",
 }
 

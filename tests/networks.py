@@ -7,9 +7,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from castling_deploy.models.deit import CastlingDeiT, DeiTConfig
-from castling_deploy.models.levit import CastlingLeViT, LeViTConfig
-from castling_deploy.models.mvit import CastlingMViTv2, MViTv2Config
+from castling_deploy.models.deit import CastlingDeiT
+from castling_deploy.models.deit_config import DeiTConfig
+from castling_deploy.models.levit import CastlingLeViT
+from castling_deploy.models.levit_config import LeViTConfig
+from castling_deploy.models.mvit import CastlingMViTv2
+from castling_deploy.models.mvit_config import MViTv2Config
 
 SMALL_DEIT = DeiTConfig(width=32, heads=2, depth=2, hidden=64, image_size=(32, 32), patch=8, classes=10)
 SMALL_DISTILLED = DeiTConfig(

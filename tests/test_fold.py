@@ -13,7 +13,7 @@ from castling_deploy import fold as algebra
 from castling_deploy.castle import castle
 from castling_deploy.errors import FoldError
 from castling_deploy.fold import FoldStep, fold
-from castling_deploy.models.mvit import Pooled
+from castling_deploy.models.mvit_attention import Pooled
 
 Images = Callable[[nn.Module, int], torch.Tensor]
 

@@ -11,9 +11,10 @@ from networks import BASELINES, SMALL_MVIT, conditioned, small
 from castling_deploy.castle import castle, measure_cast
 from castling_deploy.errors import CheckpointError
 from castling_deploy.fold import fold
-from castling_deploy.models.deit import DeiTFamily
+from castling_deploy.models.deit_family import DeiTFamily
 from castling_deploy.models.family import attention_of, families, family_of, names_baseline
-from castling_deploy.models.mvit import CastlingMViTv2, MViTv2Config, place_of
+from castling_deploy.models.mvit import CastlingMViTv2
+from castling_deploy.models.mvit_config import MViTv2Config, place_of
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:

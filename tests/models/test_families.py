@@ -15,10 +15,16 @@ from castling_deploy.errors import CheckpointError, ShapeError, UsageError
 from castling_deploy.fold import fold
 from castling_deploy.inspection import _stage
 from castling_deploy.models.attention import linear_angular, unit, value_scale
-from castling_deploy.models.deit import CastlingDeiT, DeiTConfig, DeiTFamily
+from castling_deploy.models.deit import CastlingDeiT
+from castling_deploy.models.deit_config import DeiTConfig
+from castling_deploy.models.deit_family import DeiTFamily
 from castling_deploy.models.family import families, family_named, family_of, names_baseline
-from castling_deploy.models.levit import EverySecond, LeViTConfig, LeViTFamily, offset_index
-from castling_deploy.models.mvit import MViTv2Config, MViTv2Family, distance_index, place_of, pooled_value_scale
+from castling_deploy.models.levit_attention import EverySecond, offset_index
+from castling_deploy.models.levit_config import LeViTConfig
+from castling_deploy.models.levit_family import LeViTFamily
+from castling_deploy.models.mvit_attention import distance_index, pooled_value_scale
+from castling_deploy.models.mvit_config import MViTv2Config, place_of
+from castling_deploy.models.mvit_family import MViTv2Family
 
 # Softmax networks as published, and the heads * 9 weights that the token convolution of every block adds.
 PUBLISHED = {
