@@ -16,14 +16,12 @@ steps the branch is off, and the network learns to do without it.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from recipe import BUNDLED, CAST_SHARE, digits, save, set_thresholds
 from torch import nn
 from torch.nn import functional as F
 
@@ -33,11 +31,6 @@ from castling_deploy.models.deit_config import DeiTConfig
 from castling_deploy.models.levit import CastlingLeViT
 from castling_deploy.models.levit_config import LeViTConfig
 from castling_deploy.preprocessing import Preprocessing
-
-ROOT = Path(__file__).resolve().parent.parent
-BUNDLED = ROOT / "castling_deploy" / "bundled"
-RESULTS = ROOT / "benchmarks" / "results"
-CAST_SHARE = 0.5
 
 RECIPES = {
     "levit": (
@@ -49,18 +42,6 @@ RECIPES = {
         DeiTConfig(width=64, heads=4, depth=6, hidden=256, distilled=True, image_size=(32, 32), patch=4, classes=10),
     ),
 }
-
-
-def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Train images (1437, 8, 8) uint8, train labels, test images (360, 8, 8), test labels."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    data = load_digits()
-    images = np.rint(data.images * (255 / 16)).astype(np.uint8)
-    labels = data.target.astype(np.int64)
-    train_x, test_x, train_y, test_y = train_test_split(images, labels, test_size=360, random_state=0, stratify=labels)
-    return train_x, train_y, test_x, test_y
 
 
 def augmented(gray: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
@@ -84,13 +65,6 @@ def augmented(gray: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
 def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
     """Top-1 in percent."""
     return 100 * (model(images).argmax(1) == labels).double().mean().item()
-
-
-def thresholds(model: nn.Module, value: float | None) -> None:
-    """Switch every auxiliary branch on (a threshold) or off (None), in place."""
-    for module in model.modules():
-        if hasattr(module, "aux_threshold"):
-            module.aux_threshold = value
 
 
 def main() -> None:
@@ -119,7 +93,7 @@ def main() -> None:
         model.train()
         total = 0.0
         for index in torch.randperm(len(base))[: len(base) // 96 * 96].split(96):
-            thresholds(model, None if torch.rand(()) < CAST_SHARE else config.aux_threshold)
+            set_thresholds(model, None if torch.rand(()) < CAST_SHARE else config.aux_threshold)
             logits = model(augmented(base[index], preprocessing))
             loss = sum(F.cross_entropy(head, labels[index], label_smoothing=0.05) for head in logits) / len(logits)
             optimizer.zero_grad()
@@ -129,7 +103,7 @@ def main() -> None:
             schedule.step()
             total += loss.item()
         model.eval()
-        thresholds(model, config.aux_threshold)
+        set_thresholds(model, config.aux_threshold)
         layers = [layer.evidence for layer in measure_cast(model, held_out)]
         row = {
             "epoch": epoch,
@@ -143,27 +117,12 @@ def main() -> None:
         log.append(row)
         print(json.dumps(row), flush=True)
 
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    with open(RESULTS / f"train_{name}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, log[0].keys())
-        writer.writeheader()
-        writer.writerows(log)
-    card = {
-        "name": name,
+    facts = {
         "labels": [str(digit) for digit in range(10)],
         "samples": "digits",
-        "image_size": config.image_size,
         "aux_threshold": config.aux_threshold,
-        "resize_kernel": preprocessing.resize_kernel,
-        "crop_fraction": preprocessing.crop_fraction,
-        "mean": preprocessing.mean,
-        "std": preprocessing.std,
     }
-    BUNDLED.mkdir(exist_ok=True)
-    tensors = {
-        key: value.contiguous() for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")
-    }
-    save_file(tensors, BUNDLED / f"{name}.safetensors", metadata={"castling": json.dumps(card)})
+    save(name, model, preprocessing, facts, log)
     np.savez_compressed(BUNDLED / "digits.npz", images=test_x, labels=test_y.astype(np.uint8))
 
 

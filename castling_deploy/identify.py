@@ -18,6 +18,7 @@ from castling_deploy.models.family import (
     OFFICIAL_THRESHOLD,
     ModelFamily,
     Size,
+    adapted,
     families,
     family_of,
     names_baseline,
@@ -207,13 +208,7 @@ def _load(family: ModelFamily, config: Any, tensors: Mapping[str, torch.Tensor],
 
 
 def _published_name(family: ModelFamily, config: Any) -> str | None:
-    free = {
-        "image_size": config.image_size,
-        "classes": config.classes,
-        "channels": config.channels,
-        "aux_threshold": config.aux_threshold,
-    }
-    matches = (name for name, variant in family.variants.items() if replace(variant, **free) == config)
+    matches = (name for name, variant in family.variants.items() if adapted(variant, config) == config)
     return next(matches, None)
 
 

@@ -65,8 +65,8 @@ class Ladder:
         return Rung("cast", rel, None, verdict)
 
     def score(self, outputs: Outputs) -> float | None:
-        """The task's metric in percent on the labelled images; None without labels."""
-        return self.task.score(outputs, self.probes.labels)
+        """The task's metric in percent on the images whose truth is known; None without any."""
+        return self.task.score(outputs, self.probes.truth, self.probes.preprocessing.size)
 
 
 def climb(

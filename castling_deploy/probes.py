@@ -5,6 +5,7 @@ Random noise alone is not enough: an export by one toolchain passed on noise and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,7 +14,10 @@ import numpy.typing as npt
 
 from castling_deploy import bundled
 from castling_deploy.preprocessing import Preprocessing
+from castling_deploy.scenes import scenes
+from castling_deploy.task import Truth
 
+SCENES = 64  # composed of the held-out digits, about 200 of them
 EXTREME = 4.0  # how far the scaled probes leave the range of normalised pixels; only for artefacts that take tensors
 
 
@@ -22,19 +26,19 @@ class Probes:
     """`images` (P, H, W, C) uint8, at the network's size; the first `real` of them are photographs or scans.
 
     `extremes` more inputs are the first real images, normalised and then multiplied by EXTREME: an artefact that takes
-    tensors has to compute them too. `labels` (real,) are known for the bundled networks.
+    tensors has to compute them too. `truth` (real,) is known for the bundled networks.
     """
 
     preprocessing: Preprocessing
     images: npt.NDArray[np.uint8]
     real: int
     extremes: int
-    labels: npt.NDArray[np.int64] | None
+    truth: Truth | None
 
     @staticmethod
     def of(images: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> Probes:
         """Real images (P, H, W, C) at the network's size, and nothing else."""
-        return Probes(preprocessing, images, real=len(images), extremes=0, labels=None)
+        return Probes(preprocessing, images, real=len(images), extremes=0, truth=None)
 
     @cached_property
     def tensors(self) -> npt.NDArray[np.float32]:
@@ -50,7 +54,7 @@ class Probes:
             images=np.concatenate([self.images[:keep], self.images[self.real :]]),
             real=keep,
             extremes=min(self.extremes, keep),
-            labels=None if self.labels is None else self.labels[:keep],
+            truth=None if self.truth is None else self.truth[:keep],
         )
 
 
@@ -59,18 +63,23 @@ def probes_for(preprocessing: Preprocessing, samples: str | None, seed: int = 0)
 
     `seed` is that of the noise among them.
     """
-    labels = None
-    pictures = bundled.photographs()
+    truth: Truth | None = None
+    pictures: Sequence[npt.NDArray[np.uint8]] = tuple(bundled.photographs())
     if samples == "digits":
-        pictures, digits = bundled.digits()
-        labels = digits.astype(np.int64)
-    real = np.stack([preprocessing.resized(picture) for picture in pictures])
+        images, labels = bundled.digits()
+        pictures, truth = tuple(images), labels.astype(np.int64)
+    elif samples == "scenes":
+        truth = scenes(*bundled.digits(), preprocessing.size, SCENES, seed=0)
+    if isinstance(truth, tuple):  # composed at the network's size already
+        real = np.stack([scene.image for scene in truth])
+    else:
+        real = np.stack([preprocessing.resized(picture) for picture in pictures])
     return Probes(
         preprocessing,
         np.concatenate([real, structured(preprocessing.size, real.shape[-1], seed)]),
         real=len(real),
         extremes=2,
-        labels=labels,
+        truth=truth,
     )
 
 

@@ -8,11 +8,14 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from castling_deploy.average_precision import average_precision
+from castling_deploy.detection import detections
 from castling_deploy.errors import UsageError
+from castling_deploy.scenes import Scene
 from castling_deploy.suggest import did_you_mean
 
 Outputs = Mapping[str, npt.NDArray[np.floating]]
-Labels = npt.NDArray[np.int64]
+Truth = npt.NDArray[np.int64] | tuple[Scene, ...]  # classes of images, or what is in each of them
 
 
 class Task(Protocol):
@@ -21,8 +24,11 @@ class Task(Protocol):
     name: str
     metric: str
 
-    def score(self, outputs: Outputs, labels: Labels | None) -> float | None:
-        """The metric on the labelled images, which come first in every output; None without labels."""
+    def score(self, outputs: Outputs, truth: Truth | None, size: tuple[int, int]) -> float | None:
+        """The metric on the images whose truth is known, which come first in every output; None without any.
+
+        `size` (height, width) is that of the images, in pixels.
+        """
 
     def derived(self, name: str, outputs: Outputs) -> npt.NDArray[np.floating] | None:
         """An output that an artefact may add because it follows from the network's own; None where none does."""
@@ -34,10 +40,10 @@ class Classification:
     name = "classification"
     metric = "top-1"
 
-    def score(self, outputs: Outputs, labels: Labels | None) -> float | None:
-        if labels is None:
+    def score(self, outputs: Outputs, truth: Truth | None, size: tuple[int, int]) -> float | None:
+        if not isinstance(truth, np.ndarray):
             return None
-        return float(100 * (outputs["logits"][: len(labels)].argmax(1) == labels).mean())
+        return float(100 * (outputs["logits"][: len(truth)].argmax(1) == truth).mean())
 
     def derived(self, name: str, outputs: Outputs) -> npt.NDArray[np.floating] | None:
         if name != "probabilities":
@@ -48,22 +54,47 @@ class Classification:
 
 
 class Detection:
-    """Raw heads: scores and box distributions per level; castling_deploy.detection makes boxes of them.
-
-    No labelled scenes travel with the package yet, so there is nothing to score on.
-    """
+    """Raw heads: scores and box distributions per level; castling_deploy.detection makes boxes of them."""
 
     name = "detection"
     metric = "mAP"
 
-    def score(self, outputs: Outputs, labels: Labels | None) -> float | None:
-        return None
+    def score(self, outputs: Outputs, truth: Truth | None, size: tuple[int, int]) -> float | None:
+        if not isinstance(truth, tuple):
+            return None
+        found = [detections(outputs, size, image=image) for image in range(len(truth))]
+        return average_precision(found, truth)
 
     def derived(self, name: str, outputs: Outputs) -> npt.NDArray[np.floating] | None:
         return None
 
 
-TASKS: Mapping[str, Task] = {task.name: task for task in (Classification(), Detection())}
+class Segmentation:
+    """Logits (B, classes, H, W) of every pixel's class."""
+
+    name = "segmentation"
+    metric = "mIoU"
+
+    def score(self, outputs: Outputs, truth: Truth | None, size: tuple[int, int]) -> float | None:
+        if not isinstance(truth, tuple):
+            return None
+        return mean_iou(outputs["logits"][: len(truth)].argmax(1), np.stack([scene.mask for scene in truth]))
+
+    def derived(self, name: str, outputs: Outputs) -> npt.NDArray[np.floating] | None:
+        return None
+
+
+def mean_iou(found: npt.NDArray[np.integer], truth: npt.NDArray[np.integer]) -> float:
+    """Intersection over union of the pixels of a class in all images together, averaged over the classes that there
+    are, in percent. Shape: (P, H, W) class indices each."""
+    ious = []
+    for label in np.unique(truth):
+        one, other = found == label, truth == label
+        ious.append((one & other).sum() / (one | other).sum())
+    return float(100 * np.mean(ious))
+
+
+TASKS: Mapping[str, Task] = {task.name: task for task in (Classification(), Detection(), Segmentation())}
 
 
 def task_named(name: str) -> Task:

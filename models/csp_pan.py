@@ -56,7 +56,8 @@ class CspPan(nn.Module):
     """Features of any backbone, each of twice the stride of the one before, mixed top-down and bottom-up.
 
     Shape: maps (B, in_channels[i], H / s, W / s), s = 8, 16, 32 -> maps (B, C, ceil(H / s), ceil(W / s)) with one
-    stride more, s = 8, 16, 32, 64. H and W have to be multiples of the last input's stride.
+    stride more, s = 8, 16, 32, 64. H and W have to be multiples of the last input's stride. Of more maps, the coarsest
+    are read.
     """
 
     def __init__(self, in_channels: Sequence[int], channels: int) -> None:
@@ -71,7 +72,7 @@ class CspPan(nn.Module):
         self.bottom_up_blocks = nn.ModuleList(CspLayer(channels) for _ in range(steps))
 
     def forward(self, features: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        transformed = self.trans(features)
+        transformed = self.trans(features[-len(self.trans.trans) :])
         top_down = [transformed[-1]]  # coarsest first
         for block, finer in zip(self.top_down_blocks, reversed(transformed[:-1])):
             top_down.append(block(torch.cat([self.upsample(top_down[-1]), finer], dim=1)))

@@ -55,6 +55,69 @@ class Block(nn.Module):
         return twin
 
 
+def patch_embedding(config: DeiTConfig) -> nn.ModuleDict:
+    """Patches that do not overlap: (B, channels, H, W) -> (B, width, *grid)."""
+    return nn.ModuleDict({"proj": nn.Conv2d(config.channels, config.width, config.patch, stride=config.patch)})
+
+
+def learned(*shape: int) -> nn.Parameter:
+    """A token or position embedding with fresh values."""
+    parameter = nn.Parameter(torch.zeros(*shape))
+    nn.init.trunc_normal_(parameter, std=0.02)
+    return parameter
+
+
+def blocks(config: DeiTConfig) -> nn.ModuleList:
+    """All blocks, with fresh weights."""
+    made = nn.ModuleList(Block(config) for _ in range(config.depth))
+    initialise(made)
+    return made
+
+
+def initialise(network: nn.Module) -> None:
+    """Fresh weights of every Linear, in place."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def prefix_of(network: CastlingDeiT | DeiTBackbone) -> list[nn.Parameter]:
+    """The tokens in front of the patches, each (1, 1, C)."""
+    return [network.cls_token] if network.dist_token is None else [network.cls_token, network.dist_token]
+
+
+def embedded(network: CastlingDeiT | DeiTBackbone, image: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) -> (B, N, width): prefix tokens and patches, positions added."""
+    x = network.patch_embed["proj"](image).flatten(2).transpose(1, 2)  # (B, patches, width)
+    prefix = (token.expand(len(x), -1, -1) for token in prefix_of(network))
+    return torch.cat([*prefix, x], dim=1) + network.pos_embed
+
+
+class FoldedEmbedding(nn.Module):
+    """`embedded` as it is exported: (B, C, H, W) -> (B, N, width).
+
+    `constant` (1, N, width) holds the prefix tokens, the position embedding and the patch bias (rule 23).
+    """
+
+    def __init__(self, network: CastlingDeiT | DeiTBackbone) -> None:
+        super().__init__()
+        patch, prefix = network.patch_embed["proj"], prefix_of(network)
+        assert isinstance(patch, nn.Conv2d)
+        if patch.bias is None:
+            raise FoldError("the patch embedding has no bias", hint="load the network with its own class")
+        self.prefix, side = len(prefix), network.config.patch
+        self.patch = nn.Conv2d(patch.in_channels, patch.out_channels, side, stride=side, bias=False, device="meta")
+        self.patch.weight = patch.weight
+        patches = patch.bias.expand(1, network.pos_embed.shape[1] - self.prefix, -1)
+        self.constant = nn.Buffer(torch.cat([*prefix, patches], dim=1) + network.pos_embed)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = self.patch(image).flatten(2).transpose(1, 2)  # (B, patches, width)
+        return nn.functional.pad(x, (0, 0, self.prefix, 0)) + self.constant
+
+
 class CastlingDeiT(nn.Module):
     """Castling-DeiT, plain or distilled. Shape: (B, C, H, W) -> logits (B, classes); the pair in distilled training."""
 
@@ -64,27 +127,20 @@ class CastlingDeiT(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(config.channels, width, config.patch, stride=config.patch)})
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.dist_token = nn.Parameter(torch.zeros(1, 1, width)) if config.distilled else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, config.prefix + math.prod(config.grid), width))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.patch_embed = patch_embedding(config)
+        self.cls_token = learned(1, 1, width)
+        self.dist_token = learned(1, 1, width) if config.distilled else None
+        self.pos_embed = learned(1, config.prefix + math.prod(config.grid), width)
+        self.blocks = blocks(config)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, config.classes)
         self.head_dist = nn.Linear(width, config.classes) if config.distilled else None
-        for parameter in (self.cls_token, self.dist_token, self.pos_embed):
-            if parameter is not None:
-                nn.init.trunc_normal_(parameter, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        for head in (self.head, self.head_dist):
+            if head is not None:
+                initialise(head)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        x = self.patch_embed["proj"](image).flatten(2).transpose(1, 2)  # (B, N, C)
-        prefix = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
-        x = torch.cat([*(token.expand(len(x), -1, -1) for token in prefix), x], dim=1) + self.pos_embed
+        x = embedded(self, image)
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
@@ -97,45 +153,66 @@ class CastlingDeiT(nn.Module):
         heads = [
             affine_before(head, layernorm_affine(self.norm)) for head in (self.head, self.head_dist) if head is not None
         ]
-        patch = self.patch_embed["proj"]
-        assert isinstance(patch, nn.Conv2d)
-        if patch.bias is None:
-            raise FoldError("the patch embedding has no bias", hint="load the network with its own class")
-        prefix = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
-        constant = torch.cat([*prefix, patch.bias.expand(1, self.pos_embed.shape[1] - len(prefix), -1)], dim=1)
-        return FoldedDeiT(
-            patch, constant + self.pos_embed, self.blocks, without_affine(self.norm), mean_of_each(heads), self.config
-        )
+        return FoldedDeiT(FoldedEmbedding(self), self.blocks, without_affine(self.norm), mean_of_each(heads))
 
 
 class FoldedDeiT(nn.Module):
     """Castling-DeiT as it is exported. Shape: (B, C, H, W) -> logits (B, classes).
 
-    `constant` (1, N, C) holds the prefix tokens, the position embedding and the patch bias; only the prefix tokens
-    reach the last norm and the one head (rules 6, 7 and 23 of docs/folds.md).
+    Only the prefix tokens reach the last norm and the one head (rules 6 and 7 of docs/folds.md).
     """
 
-    def __init__(
-        self,
-        patch: nn.Conv2d,
-        constant: torch.Tensor,
-        blocks: nn.Module,
-        norm: nn.LayerNorm,
-        head: nn.Linear,
-        config: DeiTConfig,
-    ) -> None:
+    def __init__(self, embedding: FoldedEmbedding, blocks: nn.Module, norm: nn.LayerNorm, head: nn.Linear) -> None:
         super().__init__()
-        self.config = config
-        self.patch = nn.Conv2d(
-            patch.in_channels, patch.out_channels, config.patch, stride=config.patch, bias=False, device="meta"
-        )
-        self.patch.weight = patch.weight
-        self.constant = nn.Buffer(constant)
-        self.blocks, self.norm, self.head = blocks, norm, head
+        self.embedding, self.blocks, self.norm, self.head = embedding, blocks, norm, head
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        x = self.patch(image).flatten(2).transpose(1, 2)  # (B, patches, C)
-        x = nn.functional.pad(x, (0, 0, self.config.prefix, 0)) + self.constant
+        x = self.embedding(image)
         for block in self.blocks:  # type: ignore[attr-defined]  # a ModuleList
             x = block(x)
-        return self.head(self.norm(x[:, : self.config.prefix]).flatten(1))
+        return self.head(self.norm(x[:, : self.embedding.prefix]).flatten(1))
+
+
+SEEN = 4  # maps that a decoder is given, after blocks spread evenly: 3, 6, 9, 12 of 12 (mmsegmentation upernet_vit)
+
+
+class DeiTBackbone(nn.Module):
+    """Castling-DeiT without its last norm and its head: (B, C, H, W) -> four maps, all of the patches' stride."""
+
+    fold_rule: ClassVar[str] = "patch bias, class token and position in one constant"
+
+    def __init__(self, config: DeiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = patch_embedding(config)
+        self.cls_token = learned(1, 1, config.width)
+        self.dist_token = learned(1, 1, config.width) if config.distilled else None
+        self.pos_embed = learned(1, config.prefix + math.prod(config.grid), config.width)
+        self.blocks = blocks(config)
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return seen(embedded(self, image), self.blocks, self.config)
+
+    def folded(self) -> nn.Module:
+        return FoldedDeiTBackbone(FoldedEmbedding(self), self.blocks, self.config)
+
+
+class FoldedDeiTBackbone(nn.Module):
+    """DeiTBackbone as it is exported. Shape: (B, C, H, W) -> four maps (B, width, *grid)."""
+
+    def __init__(self, embedding: FoldedEmbedding, blocks: nn.ModuleList, config: DeiTConfig) -> None:
+        super().__init__()
+        self.embedding, self.blocks, self.config = embedding, blocks, config
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return seen(self.embedding(image), self.blocks, self.config)
+
+
+def seen(x: torch.Tensor, blocks: nn.ModuleList, config: DeiTConfig) -> tuple[torch.Tensor, ...]:
+    """Tokens (B, N, width) -> the patches after each quarter of the blocks, as SEEN maps (B, width, *grid)."""
+    maps = []
+    last = [config.depth * quarter // SEEN - 1 for quarter in range(1, SEEN + 1)]
+    for number, block in enumerate(blocks):
+        x = block(x)
+        maps += last.count(number) * [x[:, config.prefix :].transpose(1, 2).unflatten(2, config.grid)]
+    return tuple(maps)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from castling_deploy.errors import CheckpointError
-from castling_deploy.models.deit import CastlingDeiT
+from castling_deploy.models.deit import SEEN, CastlingDeiT, DeiTBackbone
 from castling_deploy.models.deit_config import VARIANTS, DeiTConfig
 from castling_deploy.models.family import (
     Output,
@@ -24,6 +24,7 @@ from castling_deploy.models.family import (
     native_size,
     tensor,
 )
+from castling_deploy.models.semantic_fpn import FeaturePyramid
 
 HEAD_DIM = 64  # of every published DeiT; the tensors of a softmax network do not tell
 
@@ -43,6 +44,10 @@ class DeiTFamily:
         return {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= tensors.keys()
 
     def config_of(self, tensors: Tensors, image_size: Size | None, aux_threshold: float) -> DeiTConfig:
+        config = self.backbone_config_of(tensors, image_size, aux_threshold)
+        return replace(config, classes=tensor(tensors, "head.weight").shape[0])
+
+    def backbone_config_of(self, tensors: Tensors, image_size: Size | None, aux_threshold: float) -> DeiTConfig:
         width, channels, patch, patch_width = tensor(tensors, "patch_embed.proj.weight").shape
         attention = attention_of(tensors)
         heads, kernel = width // HEAD_DIM, DeiTConfig.kernel
@@ -66,7 +71,6 @@ class DeiTFamily:
             image_size=native_size(patches, patch, image_size),
             patch=patch,
             channels=channels,
-            classes=tensor(tensors, "head.weight").shape[0],
             qkv_bias="blocks.0.attn.qkv.bias" in tensors,
             kernel=kernel,
             aux_threshold=aux_threshold,
@@ -78,6 +82,12 @@ class DeiTFamily:
 
     def build(self, config: DeiTConfig) -> nn.Module:
         return CastlingDeiT(config)
+
+    def backbone(self, config: DeiTConfig) -> nn.Module:
+        return DeiTBackbone(config)
+
+    def scales(self, config: DeiTConfig) -> tuple[tuple[int, ...], nn.Module | None]:
+        return SEEN * (config.width,), FeaturePyramid(config.width)
 
     def resized(self, tensors: Tensors, config: DeiTConfig, image_size: Size) -> tuple[Tensors, DeiTConfig]:
         new = replace(config, image_size=image_size)

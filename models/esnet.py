@@ -6,13 +6,16 @@ State-dict names are those of the mmdet port (Bo396543018/Picodet_Pytorch esnet.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import nn
 
+from castling_deploy.errors import ShapeError
 from castling_deploy.fold import affine_after
+from castling_deploy.models.family import OFFICIAL_THRESHOLD, AttentionKind, Size, Tensors, count, tensor
 from castling_deploy.models.layers import ConvNormAct
 
 FIRST_STAGE = 2  # the blocks are called 2_1, 2_2, ...: the first convolution counts as stage 1
@@ -96,18 +99,38 @@ class InvertedResidualDownsample(nn.Module):
         return self.conv_pw_mv1(self.conv_dw_mv1(torch.cat([first, second], dim=1)))
 
 
-class ESNet(nn.Module):
-    """Shape: (B, channels, H, W) -> one map per stage, (B, widths[i], H / s, W / s) with s = 8, 16, 32.
+@dataclass(frozen=True)
+class ESNetConfig:
+    """Hyper-parameters; the defaults are those of PicoDet-S.
 
-    `stem` is the width of the first convolution, `middles` has the inner width of every block, stage by stage.
+    `stem` is the width of the first convolution; `widths` has one entry per stage, `middles` the inner width of each of
+    its blocks. `aux_threshold` is what every configuration has; without attention it means nothing.
     """
 
-    def __init__(self, channels: int, stem: int, widths: Sequence[int], middles: Sequence[Sequence[int]]) -> None:
+    stem: int = 24
+    widths: tuple[int, ...] = (96, 192, 384)
+    middles: tuple[tuple[int, ...], ...] = ((88, 48, 48), (96, 120, 96, 120, 96, 96, 96), (192, 192, 192))
+    image_size: Size = (416, 416)
+    channels: int = 3
+    aux_threshold: float = OFFICIAL_THRESHOLD
+    attention: AttentionKind = "none"
+
+    def __post_init__(self) -> None:
+        odd = [width for width in (*self.widths, *sum(self.middles, ())) if width % 2]
+        if odd:
+            raise ShapeError(f"ESNet splits its channels in two, {odd[0]} are odd", hint="use even widths")
+
+
+class ESNet(nn.Module):
+    """Shape: (B, channels, H, W) -> one map per stage, (B, widths[i], H / s, W / s) with s = 8, 16, 32."""
+
+    def __init__(self, config: ESNetConfig) -> None:
         super().__init__()
-        self.conv1 = ConvNormAct(channels, stem, 3, 2)
+        self.conv1 = ConvNormAct(config.channels, config.stem, 3, 2)
         self.max_pool = nn.MaxPool2d(3, 2, 1)
-        self.depths = tuple(len(stage) for stage in middles)
-        for number, (width_in, width, stage) in enumerate(zip([stem, *widths], widths, middles), FIRST_STAGE):
+        self.depths = tuple(len(stage) for stage in config.middles)
+        before = [config.stem, *config.widths]
+        for number, (width_in, width, stage) in enumerate(zip(before, config.widths, config.middles), FIRST_STAGE):
             self.add_module(f"{number}_1", InvertedResidualDownsample(width_in, width, stage[0]))
             for block, middle in enumerate(stage[1:], 2):
                 self.add_module(f"{number}_{block}", InvertedResidual(width, middle))
@@ -120,3 +143,56 @@ class ESNet(nn.Module):
                 x = self.get_submodule(f"{number}_{block}")(x)
             features.append(x)
         return tuple(features)
+
+
+VARIANTS: Mapping[str, ESNetConfig] = {
+    "esnet-s": ESNetConfig(),
+    "esnet-m": ESNetConfig(
+        widths=(128, 256, 512),
+        middles=((112, 64, 128), (160, 128, 192, 160, 160, 128, 160), (512, 320, 384)),
+    ),
+    "esnet-l": ESNetConfig(
+        widths=(160, 320, 640),
+        middles=((144, 80, 160), (200, 160, 240, 200, 200, 160, 200), (640, 400, 480)),
+        image_size=(640, 640),
+    ),
+}
+
+
+class ESNetFamily:
+    """A backbone only: no classifier of it was published."""
+
+    title = "ESNet"
+    reference = "ESNet: arXiv:2111.00902"
+    variants = VARIANTS
+
+    def recognises(self, tensors: Tensors) -> bool:
+        return f"{FIRST_STAGE}_1.conv_pw_2.conv.weight" in tensors
+
+    def backbone_config_of(self, tensors: Tensors, image_size: Size | None, aux_threshold: float) -> ESNetConfig:
+        stem, channels = tensor(tensors, "conv1.conv.weight").shape[:2]
+        stages = range(FIRST_STAGE, FIRST_STAGE + 3)
+        return ESNetConfig(
+            stem=stem,
+            widths=tuple(tensor(tensors, f"{stage}_1.conv_pw_mv1.conv.weight").shape[0] for stage in stages),
+            middles=tuple(_middles(tensors, stage) for stage in stages),
+            image_size=image_size or ESNetConfig.image_size,
+            channels=channels,
+            aux_threshold=aux_threshold,
+        )
+
+    def backbone(self, config: ESNetConfig) -> nn.Module:
+        return ESNet(config)
+
+    def scales(self, config: ESNetConfig) -> tuple[tuple[int, ...], nn.Module | None]:
+        return config.widths, None
+
+    def resized(self, tensors: Tensors, config: ESNetConfig, image_size: Size) -> tuple[Tensors, ESNetConfig]:
+        return tensors, replace(config, image_size=image_size)
+
+
+def _middles(tensors: Tensors, stage: int) -> tuple[int, ...]:
+    """The inner width of every block of a stage."""
+    first = 2 * tensor(tensors, f"{stage}_1.conv_pw_2.conv.weight").shape[0]
+    rest = range(2, count(tensors, f"{stage}_") + 1)
+    return first, *(2 * tensor(tensors, f"{stage}_{block}.conv_pw.conv.weight").shape[0] for block in rest)

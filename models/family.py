@@ -10,7 +10,7 @@ import importlib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -79,7 +79,12 @@ FAMILIES: Mapping[str, str] = {
     "castling-deit": "castling_deploy.models.deit_family:DeiTFamily",
     "castling-levit": "castling_deploy.models.levit_family:LeViTFamily",
     "castling-mvitv2": "castling_deploy.models.mvit_family:MViTv2Family",
-    "picodet": "castling_deploy.models.picodet:PicoDetFamily",
+    "castling-levit-detector": "castling_deploy.models.detector:levit_detector",
+    "castling-mvitv2-detector": "castling_deploy.models.detector:mvitv2_detector",
+    "picodet": "castling_deploy.models.detector:picodet",
+    "castling-deit-segmenter": "castling_deploy.models.segmenter:deit_segmenter",
+    "castling-levit-segmenter": "castling_deploy.models.segmenter:levit_segmenter",
+    "castling-mvitv2-segmenter": "castling_deploy.models.segmenter:mvitv2_segmenter",
 }
 
 
@@ -103,6 +108,16 @@ def with_baselines(variants: Mapping[str, Any]) -> Mapping[str, Any]:
         name.removeprefix("castling-"): replace(config, attention="softmax") for name, config in variants.items()
     }
     return {**variants, **baselines}
+
+
+def adapted(variant: Any, config: Any) -> Any:
+    """A published configuration with what any network may choose for itself taken from another one."""
+    names = {field.name for field in fields(variant)}
+    free = {name: getattr(config, name) for name in ("image_size", "channels", "classes", "aux_threshold")}
+    changes = {name: value for name, value in free.items() if name in names}
+    if "backbone" in names and hasattr(config, "backbone"):
+        changes["backbone"] = adapted(variant.backbone, config.backbone)
+    return replace(variant, **changes)
 
 
 def names_baseline(name: str) -> bool:

@@ -74,6 +74,53 @@ class Stage(nn.Module):
         return x
 
 
+def stem(config: LeViTConfig) -> nn.Sequential:
+    """Four convolutions of stride 2: (B, channels, H, W) -> (B, widths[0], ceil(H / 16), ceil(W / 16))."""
+    widths = [config.channels, *stem_widths(config)]
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for number in range(1, 5):
+        layers[f"conv{number}"] = ConvNorm(widths[number - 1], widths[number], 3, 2, 1)
+        if number < 4:
+            layers[f"act{number}"] = nn.Hardswish()
+    return nn.Sequential(layers)
+
+
+def stem_widths(config: LeViTConfig) -> tuple[int, ...]:
+    """Channels after each convolution of the stem."""
+    first = config.widths[0]
+    return first // 8, first // 4, first // 2, first
+
+
+def stages(config: LeViTConfig) -> nn.ModuleList:
+    """The stages after the stem."""
+    return nn.ModuleList(Stage(config, stage) for stage in range(len(config.widths)))
+
+
+class LeViTBackbone(nn.Module):
+    """Castling-LeViT without its heads: what it sees at every scale.
+
+    Shape: (B, C, H, W) -> maps of strides 4 and 8 (the stem's second and third convolution, after their activations),
+    and of strides 16, 32, ... (the stages). The first three are rounded up where the size is no multiple of a stride.
+    """
+
+    def __init__(self, config: LeViTConfig) -> None:
+        super().__init__()
+        self.grids = config.grids
+        self.stem, self.stages = stem(config), stages(config)
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        maps, x = [], image
+        for name, layer in self.stem.named_children():
+            x = layer(x)
+            if name in ("act2", "act3"):
+                maps.append(x)
+        x = x.flatten(2).transpose(1, 2)  # (B, N, C)
+        for stage, grid in zip(self.stages, self.grids, strict=True):
+            x = stage(x)
+            maps.append(x.transpose(1, 2).unflatten(2, grid))  # (B, C, h, w)
+        return tuple(maps)
+
+
 class CastlingLeViT(nn.Module):
     """Castling-LeViT. Shape: (B, C, H, W) -> logits (B, classes); the pair of heads in distilled training."""
 
@@ -82,15 +129,7 @@ class CastlingLeViT(nn.Module):
     def __init__(self, config: LeViTConfig) -> None:
         super().__init__()
         self.config = config
-        first = config.widths[0]
-        widths = [config.channels, first // 8, first // 4, first // 2, first]
-        stem: OrderedDict[str, nn.Module] = OrderedDict()
-        for number in range(1, 5):
-            stem[f"conv{number}"] = ConvNorm(widths[number - 1], widths[number], 3, 2, 1)
-            if number < 4:
-                stem[f"act{number}"] = nn.Hardswish()
-        self.stem = nn.Sequential(stem)
-        self.stages = nn.ModuleList(Stage(config, stage) for stage in range(len(config.widths)))
+        self.stem, self.stages = stem(config), stages(config)
         self.head: nn.Module = NormLinear(config.widths[-1], config.classes)
         self.head_dist = NormLinear(config.widths[-1], config.classes) if config.distilled else None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from castling_deploy.errors import ShapeError
@@ -67,3 +67,17 @@ VARIANTS: Mapping[str, LeViTConfig] = with_baselines(
         "castling-levit-384": LeViTConfig((384, 512, 768), (6, 9, 12), (4, 4, 4), 32),
     }
 )
+
+
+def up_to_stride_32(config: LeViTConfig, image_size: Size) -> LeViTConfig:
+    """The part of a network that dense tasks use: its first two stages. Downsampling is linear in Castling, so that
+    sizes other than 224 pixels cost no quadratic attention."""
+    return replace(
+        config,
+        widths=config.widths[:2],
+        heads=config.heads[:2],
+        depths=config.depths[:2],
+        image_size=image_size,
+        distilled=False,
+        down="softmax" if config.attention == "softmax" else "linear",
+    )

@@ -19,7 +19,7 @@ from castling_deploy.models.family import (
     native_size,
     tensor,
 )
-from castling_deploy.models.levit import CastlingLeViT
+from castling_deploy.models.levit import CastlingLeViT, LeViTBackbone, stem_widths
 from castling_deploy.models.levit_config import STEM_STRIDE, VARIANTS, LeViTConfig
 
 
@@ -38,6 +38,11 @@ class LeViTFamily:
         return {"stem.conv1.linear.weight", "stages.0.blocks.0.attn.qkv.linear.weight"} <= tensors.keys()
 
     def config_of(self, tensors: Tensors, image_size: Size | None, aux_threshold: float) -> LeViTConfig:
+        config = self.backbone_config_of(tensors, image_size, aux_threshold)
+        distilled = "head_dist.linear.weight" in tensors
+        return replace(config, distilled=distilled, classes=tensor(tensors, "head.linear.weight").shape[0])
+
+    def backbone_config_of(self, tensors: Tensors, image_size: Size | None, aux_threshold: float) -> LeViTConfig:
         stages = range(count(tensors, "stages."))
         biases = [tensor(tensors, f"stages.{stage}.blocks.0.attn.attention_biases") for stage in stages]  # (H, h * w)
         heads = tuple(table.shape[0] for table in biases)
@@ -52,10 +57,9 @@ class LeViTFamily:
             heads=heads,
             depths=tuple(count(tensors, f"stages.{stage}.blocks.") for stage in stages),
             key_dim=qkv.shape[0] // (4 * heads[0]),
-            distilled="head_dist.linear.weight" in tensors,
+            distilled=False,
             image_size=native_size(biases[0].shape[1], STEM_STRIDE, image_size),
             channels=tensor(tensors, "stem.conv1.linear.weight").shape[1],
-            classes=tensor(tensors, "head.linear.weight").shape[0],
             kernel=kernel,
             aux_threshold=aux_threshold,
             attention=attention,
@@ -67,6 +71,12 @@ class LeViTFamily:
 
     def build(self, config: LeViTConfig) -> nn.Module:
         return CastlingLeViT(config)
+
+    def backbone(self, config: LeViTConfig) -> nn.Module:
+        return LeViTBackbone(config)
+
+    def scales(self, config: LeViTConfig) -> tuple[tuple[int, ...], nn.Module | None]:
+        return (*stem_widths(config)[1:3], *config.widths), None
 
     def resized(self, tensors: Tensors, config: LeViTConfig, image_size: Size) -> tuple[Tensors, LeViTConfig]:
         new = replace(config, image_size=image_size)

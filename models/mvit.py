@@ -81,6 +81,44 @@ class Stage(nn.Module):
         return x
 
 
+def patch_embedding(config: MViTv2Config) -> nn.ModuleDict:
+    """Overlapping patches: (B, channels, H, W) -> (B, widths[0], H / 4, W / 4)."""
+    return nn.ModuleDict({"proj": nn.Conv2d(config.channels, config.widths[0], 7, PATCH_STRIDE, 3)})
+
+
+def stages(config: MViTv2Config) -> nn.ModuleList:
+    """All stages, one after the other."""
+    return nn.ModuleList(Stage(config, stage) for stage in range(len(config.widths)))
+
+
+def initialise(network: nn.Module) -> None:
+    """Fresh weights, in place, as in facebookresearch/mvit."""
+    for name, parameter in network.named_parameters():
+        if name.endswith((".rel_pos_h", ".rel_pos_w")):
+            nn.init.trunc_normal_(parameter, std=0.02)
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+
+
+class MViTv2Backbone(nn.Module):
+    """Castling-MViTv2 without its last norm and its head: (B, C, H, W) -> maps of strides 4, 8, 16, 32."""
+
+    def __init__(self, config: MViTv2Config) -> None:
+        super().__init__()
+        self.grids = config.grids
+        self.patch_embed, self.stages = patch_embedding(config), stages(config)
+        initialise(self)
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, maps = as_tokens(self.patch_embed["proj"](image)), []
+        for stage, grid in zip(self.stages, self.grids, strict=True):
+            x = stage(x)
+            maps.append(as_map(x, grid))
+        return tuple(maps)
+
+
 class CastlingMViTv2(nn.Module):
     """Castling-MViTv2 without a class token. Shape: (B, C, H, W) -> logits (B, classes)."""
 
@@ -89,18 +127,10 @@ class CastlingMViTv2(nn.Module):
     def __init__(self, config: MViTv2Config) -> None:
         super().__init__()
         self.config = config
-        patch = nn.Conv2d(config.channels, config.widths[0], 7, PATCH_STRIDE, 3)
-        self.patch_embed = nn.ModuleDict({"proj": patch})
-        self.stages = nn.ModuleList(Stage(config, stage) for stage in range(len(config.widths)))
+        self.patch_embed, self.stages = patch_embedding(config), stages(config)
         self.norm = nn.LayerNorm(config.widths[-1], EPS)
         self.head = nn.ModuleDict({"fc": nn.Linear(config.widths[-1], config.classes)})
-        for name, parameter in self.named_parameters():
-            if name.endswith((".rel_pos_h", ".rel_pos_w")):
-                nn.init.trunc_normal_(parameter, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        initialise(self)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         x = as_tokens(self.patch_embed["proj"](image))  # (B, N, C)

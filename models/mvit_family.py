@@ -18,7 +18,7 @@ from castling_deploy.models.family import (
     logits,
     tensor,
 )
-from castling_deploy.models.mvit import CastlingMViTv2
+from castling_deploy.models.mvit import CastlingMViTv2, MViTv2Backbone
 from castling_deploy.models.mvit_config import PATCH_STRIDE, VARIANTS, MViTv2Config, place_of
 
 
@@ -37,6 +37,10 @@ class MViTv2Family:
         return {"patch_embed.proj.weight", "stages.0.blocks.0.attn.pool_q.weight"} <= tensors.keys()
 
     def config_of(self, tensors: Tensors, image_size: Size | None, aux_threshold: float) -> MViTv2Config:
+        config = self.backbone_config_of(tensors, image_size, aux_threshold)
+        return replace(config, classes=tensor(tensors, "head.fc.weight").shape[0])
+
+    def backbone_config_of(self, tensors: Tensors, image_size: Size | None, aux_threshold: float) -> MViTv2Config:
         stages = range(count(tensors, "stages."))
         head_dim = tensor(tensors, "stages.0.blocks.0.attn.pool_q.weight").shape[0]
         widths = tuple(tensor(tensors, f"stages.{stage}.blocks.0.attn.proj.weight").shape[0] for stage in stages)
@@ -56,7 +60,6 @@ class MViTv2Family:
             positions=positions,
             image_size=image_size or MViTv2Config.image_size,
             channels=tensor(tensors, "patch_embed.proj.weight").shape[1],
-            classes=tensor(tensors, "head.fc.weight").shape[0],
             kernel=kernel,
             aux_threshold=aux_threshold,
             attention=attention,
@@ -67,6 +70,12 @@ class MViTv2Family:
 
     def build(self, config: MViTv2Config) -> nn.Module:
         return CastlingMViTv2(config)
+
+    def backbone(self, config: MViTv2Config) -> nn.Module:
+        return MViTv2Backbone(config)
+
+    def scales(self, config: MViTv2Config) -> tuple[tuple[int, ...], nn.Module | None]:
+        return config.widths, None
 
     def resized(self, tensors: Tensors, config: MViTv2Config, image_size: Size) -> tuple[Tensors, MViTv2Config]:
         new = replace(config, image_size=image_size)

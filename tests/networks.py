@@ -9,10 +9,15 @@ from torch import nn
 
 from castling_deploy.models.deit import CastlingDeiT
 from castling_deploy.models.deit_config import DeiTConfig
+from castling_deploy.models.dense import DenseConfig
+from castling_deploy.models.detector import PicoDetHead
+from castling_deploy.models.esnet import ESNetConfig
+from castling_deploy.models.family import family_named
 from castling_deploy.models.levit import CastlingLeViT
-from castling_deploy.models.levit_config import LeViTConfig
+from castling_deploy.models.levit_config import LeViTConfig, up_to_stride_32
 from castling_deploy.models.mvit import CastlingMViTv2
 from castling_deploy.models.mvit_config import MViTv2Config
+from castling_deploy.models.segmenter import SemanticFpn
 
 SMALL_DEIT = DeiTConfig(width=32, heads=2, depth=2, hidden=64, image_size=(32, 32), patch=8, classes=10)
 SMALL_DISTILLED = DeiTConfig(
@@ -34,6 +39,21 @@ BASELINES = {
     "deit-softmax": (CastlingDeiT, replace(SMALL_DEIT, width=128, attention="softmax")),
     "levit-softmax": (CastlingLeViT, replace(SMALL_LEVIT, attention="softmax")),
     "mvit-softmax": (CastlingMViTv2, replace(SMALL_MVIT, attention="softmax")),
+}
+
+# Families of two parts: a backbone and a head.
+SMALL_PICO, SMALL_FPN = PicoDetHead(width=16, convs=1, reg_max=3), SemanticFpn(16)
+_DENSE_LEVIT = up_to_stride_32(replace(SMALL_LEVIT, classes=1000), (64, 96))
+_DENSE_MVIT = replace(SMALL_MVIT, classes=1000)
+_DENSE_DEIT = replace(SMALL_DEIT, classes=1000, depth=4, patch=16, image_size=(64, 96))
+_ESNET = ESNetConfig(stem=8, widths=(16, 24, 32), middles=((16, 8), (16, 24, 24), (32,)), image_size=(64, 96))
+DENSE = {
+    "levit-detector": ("castling-levit-detector", DenseConfig(_DENSE_LEVIT, SMALL_PICO, 3)),
+    "mvitv2-detector": ("castling-mvitv2-detector", DenseConfig(_DENSE_MVIT, SMALL_PICO, 3)),
+    "picodet": ("picodet", DenseConfig(_ESNET, SMALL_PICO, 3)),
+    "deit-segmenter": ("castling-deit-segmenter", DenseConfig(_DENSE_DEIT, SMALL_FPN, 5)),
+    "levit-segmenter": ("castling-levit-segmenter", DenseConfig(_DENSE_LEVIT, SMALL_FPN, 5)),
+    "mvitv2-segmenter": ("castling-mvitv2-segmenter", DenseConfig(_DENSE_MVIT, SMALL_FPN, 5)),
 }
 
 
@@ -60,3 +80,8 @@ def conditioned(model: nn.Module, seed: int = 0) -> nn.Module:
 def small(name: str, seed: int = 0) -> nn.Module:
     build, config = {**SMALL, **BASELINES}[name]
     return conditioned(build(config), seed)  # type: ignore[arg-type]
+
+
+def dense(name: str, seed: int = 0) -> nn.Module:
+    family, config = DENSE[name]
+    return conditioned(family_named(family).build(config), seed)

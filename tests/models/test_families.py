@@ -77,7 +77,10 @@ def test_parameter_counts_are_exact(name: str) -> None:
 
 
 def test_every_variant_has_a_published_parameter_count() -> None:
-    assert PARAMETERS.keys() == VARIANTS.keys()
+    published = {
+        name for name, (family, _) in VARIANTS.items() if family.task == "classification" or family.name == "picodet"
+    }
+    assert PARAMETERS.keys() == published  # the other dense networks are the project's own wiring
 
 
 @pytest.mark.parametrize("name", MACS)

@@ -13,18 +13,16 @@ from castling_deploy.errors import ShapeError
 from castling_deploy.fold import FoldStep, fold
 from castling_deploy.inspection import _stage
 from castling_deploy.models.csp_pan import CspPan
-from castling_deploy.models.esnet import SqueezeExcite, shuffled
+from castling_deploy.models.dense import DenseConfig
+from castling_deploy.models.detector import PicoDetHead, picodet
+from castling_deploy.models.esnet import ESNetConfig, SqueezeExcite, shuffled
 from castling_deploy.models.pico_head import Integral, PicoHead, output_names
-from castling_deploy.models.picodet import VARIANTS, PicoDet, PicoDetConfig, PicoDetFamily
 
-TINY = PicoDetConfig(
-    stem=8,
-    widths=(16, 24, 32),
-    middles=((16, 8), (16, 24, 24), (32,)),
-    neck=16,
-    head_convs=1,
-    reg_max=5,
-    image_size=(64, 96),
+FAMILY = picodet()
+VARIANTS = FAMILY.variants
+TINY = DenseConfig(
+    ESNetConfig(stem=8, widths=(16, 24, 32), middles=((16, 8), (16, 24, 24), (32,)), image_size=(64, 96)),
+    PicoDetHead(width=16, convs=1, reg_max=5),
     classes=3,
 )
 # Backbone, neck, head.
@@ -46,13 +44,13 @@ def size(module: nn.Module) -> int:
 
 
 def tiny(seed: int = 0) -> nn.Module:
-    return conditioned(PicoDet(TINY), seed)
+    return conditioned(FAMILY.build(TINY), seed)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_parameter_counts_are_exact(name: str) -> None:
     with torch.device("meta"):
-        network = PicoDet(VARIANTS[name])
+        network = FAMILY.build(VARIANTS[name])
     assert (size(network.backbone), size(network.neck), size(network.bbox_head)) == PARAMETERS[name]
     assert size(network) == sum(PARAMETERS[name])
 
@@ -63,7 +61,7 @@ def test_totals_are_the_published_ones() -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_macs_are_those_of_the_specification(name: str) -> None:
-    network = PicoDet(VARIANTS[name]).eval()
+    network = FAMILY.build(VARIANTS[name]).eval()
     for side, (whole, backbone) in zip((320, 416, 640), GMACS[name]):
         shape = (1, 3, side, side)
         assert _stage(network, shape).macs / 1e9 == pytest.approx(whole, rel=5e-3)
@@ -78,7 +76,7 @@ def test_widths_follow_from_the_published_scale_and_ratios(name: str, scale: flo
     def divisible(value: float, divisor: int) -> int:
         return max(divisor, int(value + divisor / 2) // divisor * divisor)
 
-    config = VARIANTS[name]
+    config = VARIANTS[name].backbone
     assert config.widths == tuple(divisible(width * scale, 16) for width in (128, 256, 512))
     assert config.middles == tuple(
         tuple(divisible(int(width * ratio), 8) for ratio in ratios)
@@ -88,7 +86,7 @@ def test_widths_follow_from_the_published_scale_and_ratios(name: str, scale: flo
 
 def test_names_are_those_of_the_mmdet_port() -> None:
     with torch.device("meta"):
-        names = set(PicoDet(VARIANTS["picodet-m"]).state_dict())
+        names = set(FAMILY.build(VARIANTS["picodet-m"]).state_dict())
     separable = ("depthwise_conv", "pointwise_conv")
     down = ("conv_dw_1", "conv_linear_1", "conv_pw_2", "conv_dw_2", "conv_linear_2", "conv_dw_mv1", "conv_pw_mv1")
     blocks = [f"{stage}_{block}" for stage, depth in ((2, 3), (3, 7), (4, 3)) for block in range(1, depth + 1)]
@@ -204,25 +202,29 @@ def test_neck_and_head_take_any_backbones_features() -> None:
     assert [x.shape[1] for x in head(maps)] == 2 * [1024, 256, 64, 16]
 
 
-@pytest.mark.parametrize("config", [*VARIANTS.values(), TINY, replace(TINY, channels=1, classes=10)])
-def test_hyper_parameters_are_read_off_the_tensors(config: PicoDetConfig) -> None:
+@pytest.mark.parametrize(
+    "config", [*VARIANTS.values(), TINY, replace(TINY, backbone=replace(TINY.backbone, channels=1), classes=10)]
+)
+def test_hyper_parameters_are_read_off_the_tensors(config: DenseConfig) -> None:
     with torch.device("meta"):
-        tensors = PicoDet(config).state_dict()
-    family = PicoDetFamily()
-    assert family.recognises(tensors)
+        tensors = FAMILY.build(config).state_dict()
+    assert FAMILY.recognises(tensors)
     size = None if config in VARIANTS.values() else config.image_size
-    assert family.config_of(tensors, size, config.aux_threshold) == config
+    assert FAMILY.config_of(tensors, size, config.aux_threshold) == config
 
 
 def test_another_size_needs_no_other_tensors() -> None:
     network = tiny()
-    tensors, config = PicoDetFamily().resized(network.state_dict(), TINY, (96, 32))
-    other = PicoDetFamily().build(config)
+    tensors, config = FAMILY.resized(network.state_dict(), TINY, (96, 32))
+    other = FAMILY.build(config)
     other.load_state_dict(dict(tensors))
     assert other.eval()(torch.randn(1, 3, 96, 32))[0].shape == (1, 48, 3)
 
 
-@pytest.mark.parametrize(("change", "message"), [({"image_size": (100, 96)}, "100 x 96"), ({"neck": 15}, "15 are odd")])
-def test_impossible_configurations_are_refused(change: dict[str, object], message: str) -> None:
-    with pytest.raises(ShapeError, match=message):
-        replace(TINY, **change)  # type: ignore[arg-type]
+def test_impossible_configurations_are_refused() -> None:
+    with pytest.raises(ShapeError, match="100 x 96"):
+        replace(TINY, backbone=replace(TINY.backbone, image_size=(100, 96)))
+    with pytest.raises(ShapeError, match="15 are odd"):
+        PicoDetHead(width=15)
+    with pytest.raises(ShapeError, match="25 are odd"):
+        replace(TINY.backbone, widths=(16, 25, 32))

@@ -1,0 +1,69 @@
+"""What the training scripts share: the digits, the branch's switch, and how a checkpoint is written."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import save_file
+from torch import nn
+
+from castling_deploy.preprocessing import Preprocessing
+
+ROOT = Path(__file__).resolve().parent.parent
+BUNDLED = ROOT / "castling_deploy" / "bundled"
+RESULTS = ROOT / "benchmarks" / "results"
+CAST_SHARE = 0.5  # of the steps in which the auxiliary branch is off
+
+
+def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Train images (1437, 8, 8) uint8, train labels, test images (360, 8, 8), test labels."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    images = np.rint(data.images * (255 / 16)).astype(np.uint8)
+    labels = data.target.astype(np.int64)
+    train_x, test_x, train_y, test_y = train_test_split(images, labels, test_size=360, random_state=0, stratify=labels)
+    return train_x, train_y, test_x, test_y
+
+
+def set_thresholds(model: nn.Module, value: float | None) -> None:
+    """Switch every auxiliary branch on (a threshold) or off (None), in place."""
+    for module in model.modules():
+        if hasattr(module, "aux_threshold"):
+            module.aux_threshold = value
+
+
+def save(
+    name: str,
+    model: nn.Module,
+    preprocessing: Preprocessing,
+    facts: Mapping[str, Any],
+    log: Sequence[Mapping[str, float]],
+) -> None:
+    """Write the checkpoint into castling_deploy/bundled/, with what its tensors do not tell, and the log beside the
+    other results."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    with open(RESULTS / f"train_{name}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, log[0].keys())
+        writer.writeheader()
+        writer.writerows(log)
+    card = {
+        "name": name,
+        **facts,
+        "image_size": preprocessing.size,
+        "resize_kernel": preprocessing.resize_kernel,
+        "crop_fraction": preprocessing.crop_fraction,
+        "mean": preprocessing.mean,
+        "std": preprocessing.std,
+    }
+    BUNDLED.mkdir(exist_ok=True)
+    tensors = {
+        key: value.contiguous() for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")
+    }
+    save_file(tensors, BUNDLED / f"{name}.safetensors", metadata={"castling": json.dumps(card)})
