@@ -6,7 +6,7 @@ EXTRAS ?= coreml,executorch,tensorrt-rtx,dev
 OUTPUT ?= castling-out
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: export test lint install clean
+.PHONY: export test lint models install clean
 
 export: install  ## the main job: the bundled network to TARGET
 	$(VENV)/bin/castling-export --target $(TARGET) --output $(OUTPUT) --overwrite
@@ -18,6 +18,9 @@ lint: install
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+models: install  ## count weights and multiply-accumulates again: bundled/models.json, docs/models.md
+	$(VENV)/bin/python benchmarks/count_models.py
 
 install: $(VENV)/installed
 

@@ -131,8 +131,9 @@ def export(
     steps = plan(request)
     if dry_run:
         return _dry_run(request, steps, as_json)
-    from castling_deploy.console import StderrProgress, print_deployment
+    from castling_deploy.console import print_deployment
     from castling_deploy.pipeline import deploy
+    from castling_deploy.terminal import StderrProgress
 
     progress = StderrProgress()
     progress.console.print(
@@ -181,9 +182,10 @@ def _dry_run(request: Any, steps: tuple[Any, ...], as_json: bool) -> int:
 def verify(path: Path, checkpoint: Path | None, as_json: bool) -> int:
     """Check an artefact folder: its files, its golden outputs, and its parity with a checkpoint."""
     from castling_deploy import documents
-    from castling_deploy.console import StderrProgress, marked, number
+    from castling_deploy.console import marked, number
     from castling_deploy.parity import Verdict
     from castling_deploy.recheck import verify as recheck
+    from castling_deploy.terminal import StderrProgress
 
     progress = StderrProgress()
     seen = recheck(path, checkpoint, progress)
@@ -262,9 +264,10 @@ def inspect(
     """What a checkpoint or an artefact folder PATH is (without one: a bundled network)."""
     from castling_deploy import bundled, documents
     from castling_deploy.artifact import read_folder
-    from castling_deploy.console import print_inspection, stderr_console
+    from castling_deploy.console import print_inspection
     from castling_deploy.folder import MANIFEST
     from castling_deploy.inspection import inspect_checkpoint
+    from castling_deploy.terminal import stderr_console
 
     console = stderr_console()
     if path is not None and (path / MANIFEST).is_file():
@@ -285,11 +288,28 @@ def inspect(
 
 
 @castling.command(context_settings=CONTEXT)
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def models(names: tuple[str, ...], as_json: bool) -> int:
+    """Every model that a checkpoint can be: NAMEs of models, families or tasks; all of them without."""
+    from castling_deploy.catalogue import catalogue, print_catalogue
+    from castling_deploy.terminal import stderr_console
+
+    entries = catalogue(names)
+    if as_json:
+        _print_json({"schema": SCHEMA, "models": entries})
+    else:
+        print_catalogue(entries, stderr_console())
+    return 0
+
+
+@castling.command(context_settings=CONTEXT)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def doctor(as_json: bool) -> int:
     """Which targets can be exported, run and verified here, and the exact line that mends what cannot."""
-    from castling_deploy.console import print_health, stderr_console
+    from castling_deploy.console import print_health
     from castling_deploy.doctor import examine
+    from castling_deploy.terminal import stderr_console
 
     health = examine()
     print_health(health, stderr_console())

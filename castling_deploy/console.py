@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -18,11 +12,9 @@ from castling_deploy.doctor import Health
 from castling_deploy.inspection import Inspection
 from castling_deploy.parity import Verdict
 from castling_deploy.pipeline import Deployment, Result
-from castling_deploy.progress import Advance
 from castling_deploy.report import model_bytes
 from castling_deploy.target import WitnessKind
 
-WIDTH = 110  # where stderr is no terminal
 MEANING = {
     WitnessKind.DEVICE: "the real device",
     WitnessKind.RUNTIME: "the vendor's runtime, on this machine",
@@ -31,38 +23,6 @@ MEANING = {
     WitnessKind.REFERENCE: "the artefact's own program and weights, not the vendor's runtime",
 }
 STYLES = {Verdict.PASS: "green", Verdict.FAIL: "red", Verdict.INCONCLUSIVE: "yellow"}
-
-
-def stderr_console(descriptor: int | None = None) -> Console:
-    """A console on stderr, or on another file descriptor. Square brackets in texts and paths are just that."""
-    file = sys.stderr if descriptor is None else os.fdopen(descriptor, "w", encoding="utf-8")
-    return Console(file=file, highlight=False, markup=False, width=None if sys.stderr.isatty() else WIDTH)
-
-
-class StderrProgress:
-    """Stages on the real stderr, even while a toolchain's noise is held back from file descriptor 2."""
-
-    def __init__(self) -> None:
-        self.console = stderr_console(os.dup(sys.stderr.fileno()))
-
-    @contextmanager
-    def stage(self, title: str) -> Iterator[Advance]:
-        """A bar while the stage runs (on a terminal), one line with its time when it is over."""
-        started = time.perf_counter()
-        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
-            task = bar.add_task(title, total=None)
-            try:
-                yield lambda share: bar.update(task, total=1.0, completed=share)
-            except BaseException:
-                bar.stop()
-                self._line("x", "red", title, started)
-                raise
-        self._line("*", "green", title, started)
-
-    def _line(self, mark: str, style: str, title: str, started: float) -> None:
-        seconds = f"  {time.perf_counter() - started:.1f} s"
-        self.console.print(Text.assemble("  ", (mark, style), f" {title}", (seconds, "dim")))
 
 
 def marked(verdict: Verdict) -> Text:

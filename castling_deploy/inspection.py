@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from castling_deploy.castle import LayerCast, castle, measure_cast
+from castling_deploy.catalogue import Work
 from castling_deploy.checkpoint import read
 from castling_deploy.fold import FoldStep, fold
 from castling_deploy.identify import ModelCard, identify
@@ -21,21 +22,13 @@ from castling_deploy.probes import probes_for
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Weights, and multiply-accumulates for one image."""
-
-    parameters: int
-    macs: int
-
-
-@dataclass(frozen=True)
 class Inspection:
     """A checkpoint's network as trained, cast and folded. `dead` names the tensors that only the branch used."""
 
     card: ModelCard
-    trained: Stage
-    castled: Stage
-    folded: Stage
+    trained: Work
+    castled: Work
+    folded: Work
     layers: tuple[LayerCast, ...]
     dead: tuple[str, ...]
     rules: Mapping[str, int]
@@ -58,9 +51,9 @@ def inspect_checkpoint(
     shape = (1, card.config.channels, *card.config.image_size)
     return Inspection(
         card,
-        _stage(network, shape),
-        _stage(castled, shape),
-        _stage(folded, shape),
+        work_of(network, shape),
+        work_of(castled, shape),
+        work_of(folded, shape),
         layers,
         tuple(dead),
         dict(Counter(step.rule for step in steps)),
@@ -73,7 +66,9 @@ def parameters(network: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _stage(network: nn.Module, shape: tuple[int, ...]) -> Stage:
+def work_of(network: nn.Module, shape: tuple[int, ...]) -> Work:
+    """Weights and multiply-accumulates for an input of this shape, on the device where the weights are."""
+    device = next(network.parameters()).device
     with FlopCounterMode(display=False) as counter:
-        network(torch.zeros(shape))
-    return Stage(parameters(network), counter.get_total_flops() // 2)
+        network(torch.zeros(shape, device=device))
+    return Work(parameters(network), counter.get_total_flops() // 2)

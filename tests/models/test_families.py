@@ -13,7 +13,7 @@ from torch import nn
 from castling_deploy.castle import castle
 from castling_deploy.errors import CheckpointError, ShapeError, UsageError
 from castling_deploy.fold import fold
-from castling_deploy.inspection import _stage
+from castling_deploy.inspection import work_of
 from castling_deploy.models.attention import linear_angular, unit, value_scale
 from castling_deploy.models.deit import CastlingDeiT
 from castling_deploy.models.deit_config import DeiTConfig
@@ -87,7 +87,7 @@ def test_every_variant_has_a_published_parameter_count() -> None:
 def test_macs_are_those_of_the_specification(name: str) -> None:
     family, config = VARIANTS[name]
     with torch.device("meta"):
-        macs = _stage(castle(family.build(config).eval()), (1, 3, 224, 224)).macs / 1e6
+        macs = work_of(castle(family.build(config).eval()), (1, 3, 224, 224)).macs / 1e6
     assert macs == pytest.approx(MACS[name], rel=2e-3)
 
 
@@ -264,7 +264,7 @@ def test_levit_with_linear_downsampling_has_the_specified_size_and_work(
     castled = castle(family.build(replace(config, down="linear")).eval())
     assert sum(parameter.numel() for parameter in fold(castled).parameters()) == parameters
     taps = 9 * 4 * (196 * config.widths[0] + 49 * config.widths[1]) / 1e6
-    assert _stage(castled, (1, 3, 224, 224)).macs / 1e6 - taps == pytest.approx(macs, abs=0.1)
+    assert work_of(castled, (1, 3, 224, 224)).macs / 1e6 - taps == pytest.approx(macs, abs=0.1)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 96), (96, 32)])

@@ -11,7 +11,7 @@ from torch import nn
 
 from castling_deploy.errors import ShapeError
 from castling_deploy.fold import FoldStep, fold
-from castling_deploy.inspection import _stage
+from castling_deploy.inspection import work_of
 from castling_deploy.models.csp_pan import CspPan
 from castling_deploy.models.dense import DenseConfig
 from castling_deploy.models.detector import PicoDetHead, picodet
@@ -64,8 +64,8 @@ def test_macs_are_those_of_the_specification(name: str) -> None:
     network = FAMILY.build(VARIANTS[name]).eval()
     for side, (whole, backbone) in zip((320, 416, 640), GMACS[name]):
         shape = (1, 3, side, side)
-        assert _stage(network, shape).macs / 1e9 == pytest.approx(whole, rel=5e-3)
-        assert _stage(network.backbone, shape).macs / 1e9 == pytest.approx(backbone, rel=5e-3)
+        assert work_of(network, shape).macs / 1e9 == pytest.approx(whole, rel=5e-3)
+        assert work_of(network.backbone, shape).macs / 1e9 == pytest.approx(backbone, rel=5e-3)
 
 
 @pytest.mark.parametrize(("name", "scale"), [("picodet-s", 0.75), ("picodet-m", 1.0), ("picodet-l", 1.25)])
