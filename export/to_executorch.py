@@ -171,8 +171,11 @@ def in_half(module: nn.Module) -> nn.Module:
             super().__init__()
             self.network = copy.deepcopy(module).half()
 
-        def forward(self, image: Tensor) -> Tensor:
-            return self.network(image.half()).float()
+        def forward(self, image: Tensor) -> Tensor | tuple[Tensor, ...]:
+            outputs = self.network(image.half())
+            if isinstance(outputs, tuple):
+                return tuple(output.float() for output in outputs)
+            return outputs.float()
 
     return Half().eval()
 

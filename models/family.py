@@ -113,8 +113,8 @@ def with_baselines(variants: Mapping[str, Any]) -> Mapping[str, Any]:
 def adapted(variant: Any, config: Any) -> Any:
     """A published configuration with what any network may choose for itself taken from another one."""
     names = {field.name for field in fields(variant)}
-    free = {name: getattr(config, name) for name in ("image_size", "channels", "classes", "aux_threshold")}
-    changes = {name: value for name, value in free.items() if name in names}
+    free = names & {"image_size", "channels", "classes", "aux_threshold"}
+    changes = {name: getattr(config, name) for name in free}
     if "backbone" in names and hasattr(config, "backbone"):
         changes["backbone"] = adapted(variant.backbone, config.backbone)
     return replace(variant, **changes)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -17,7 +19,10 @@ from castling_deploy.models.levit import CastlingLeViT
 from castling_deploy.models.levit_config import LeViTConfig, up_to_stride_32
 from castling_deploy.models.mvit import CastlingMViTv2
 from castling_deploy.models.mvit_config import MViTv2Config
+from castling_deploy.models.pico_head import PicoHead
 from castling_deploy.models.segmenter import SemanticFpn
+from castling_deploy.preprocessing import Preprocessing
+from castling_deploy.probes import probes_for
 
 SMALL_DEIT = DeiTConfig(width=32, heads=2, depth=2, hidden=64, image_size=(32, 32), patch=8, classes=10)
 SMALL_DISTILLED = DeiTConfig(
@@ -84,4 +89,30 @@ def small(name: str, seed: int = 0) -> nn.Module:
 
 def dense(name: str, seed: int = 0) -> nn.Module:
     family, config = DENSE[name]
-    return conditioned(family_named(family).build(config), seed)
+    network = conditioned(family_named(family).build(config), seed)
+    return with_statistics(network, torch.from_numpy(pictures(config.image_size)), seed)
+
+
+def pictures(size: tuple[int, int]) -> npt.NDArray[np.float32]:
+    """Real images, normalised: (8, 3, H, W)."""
+    return probes_for(Preprocessing(size), None).tensors[:8]
+
+
+def with_statistics(model: nn.Module, images: torch.Tensor, seed: int) -> nn.Module:
+    """BatchNorm statistics near those of real images, in place: a deep convolutional network with statistics that have
+    nothing to do with its weights multiplies its own rounding errors, and no float16 artefact of it can be judged."""
+    generator = torch.Generator().manual_seed(seed)
+    norms = [module for module in model.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    for norm in norms:
+        norm.momentum = 1.0
+    model.train()(images)
+    for norm in norms:
+        assert norm.running_mean is not None and norm.running_var is not None
+        spread = norm.running_var.sqrt()
+        norm.running_mean.add_(0.2 * spread * torch.randn(spread.shape, generator=generator))
+        norm.running_var.mul_(0.7 + 0.6 * torch.rand(spread.shape, generator=generator))
+        norm.running_var.clamp_(min=0.3 * norm.running_var.mean().item())  # no channel is all but constant
+    for head in (module for module in model.modules() if isinstance(module, PicoHead)):
+        for conv in head.gfl_cls:
+            conv.weight.mul_(0.1)  # type: ignore[operator, union-attr]  # scores between the ends of the sigmoid
+    return model.eval()
