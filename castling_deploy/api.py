@@ -72,8 +72,9 @@ def export(
 ) -> pipeline.Result:
     """Export, verify and describe one artefact; `result.path` is its folder. `options` are the target's own.
 
-    `model` is a network from `load` (cast and folded or not) or a checkpoint's path. Raises ParityError when the
-    artefact computes something else (it is kept, and marked), TargetUnavailableError when nothing could be exported.
+    `model` is a network from `load` (cast and folded or not) or `castlify`, or a checkpoint's path. Raises ParityError
+    when the artefact computes something else (it is kept, and marked), TargetUnavailableError when nothing could be
+    exported.
     """
     network = model if isinstance(model, nn.Module) else load(model)
     request = Request(
@@ -85,7 +86,10 @@ def export(
         benchmark=benchmark,
         overwrite=overwrite,
     )
-    (result,) = pipeline.deploy_network(request, network, _card(network) or _card_from_weights(network)).results
+    card = _card(network)
+    if card is None:
+        network, card = _recognised(network)
+    (result,) = pipeline.deploy_network(request, network, card).results
     if result.error is not None:
         raise result.error
     if result.path is None and result.missing is not None:
@@ -167,11 +171,18 @@ def _fingerprint(network: nn.Module) -> tuple[float, ...]:
     return tuple((tensor.norm() + tensor.sum()).item() for tensor in doubles)
 
 
-def _card_from_weights(network: nn.Module) -> ModelCard:
-    """The card of a network that somebody built: its family is recognised like a checkpoint's."""
+def _recognised(network: nn.Module) -> tuple[nn.Module, ModelCard]:
+    """A network that somebody built, and its card: its family is recognised like a checkpoint's.
+
+    One from `castlify` computes what the family's own network with its tensors does: that one can be folded.
+    """
     tensors = {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
     config = getattr(network, "config", None)
-    facts = {"image_size": list(config.image_size), "aux_threshold": config.aux_threshold} if config else {}
+    castlified: Any = getattr(network, "castling", None)
+    facts = castlified or {}
+    if config:
+        facts = {"image_size": list(config.image_size), "aux_threshold": config.aux_threshold}
     is_baseline = getattr(config, "attention", None) == "softmax"
     model = family_of(tensors, softmax=True).baseline if is_baseline else None
-    return identify(reading.Checkpoint(Path("in-memory"), None, tensors, card=facts), model=model)[1]
+    own, card = identify(reading.Checkpoint(Path("in-memory"), None, tensors, card=facts), model=model)
+    return (own.train(network.training) if castlified else network), card

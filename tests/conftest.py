@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -45,3 +48,22 @@ def images() -> Callable[[nn.Module, int], torch.Tensor]:
         return torch.from_numpy(np.random.default_rng(0).normal(size=(count, 3, height, width)))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def timm() -> ModuleType:
+    """timm, also where torchvision is a CUDA build beside a CPU build of torch; without timm the test is skipped.
+
+    Such a torchvision (0.28) cannot load its operators and fails on import, unless their schemas are declared.
+    """
+    if importlib.util.find_spec("timm") is None or importlib.util.find_spec("torchvision") is None:
+        pytest.skip("timm and the torchvision it imports are not installed")
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError as error:
+        assert "torchvision::" in str(error)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        for operator in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
+    return importlib.import_module("timm")

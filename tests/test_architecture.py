@@ -28,7 +28,7 @@ HEAVY = (
     "numpy",
     "rich",
 )
-MODELS_MAY = {"errors", "suggest", "castle", "fold", "rewrite", "models"}
+MODELS_MAY = {"errors", "suggest", "castle", "fold", "rewrite", "models", "verbs"}
 EXPORT_MAY = {"errors", "suggest", "target", "preprocessing", "export", "verbs"}
 
 
@@ -78,6 +78,7 @@ def run_python(code: str) -> str:
     [
         "castling_deploy",
         "castling_deploy.cli",
+        "castling_deploy.models",
         "castling_deploy.target",
         *(entry.partition(":")[0] for entry in TARGETS.values()),
     ],
@@ -91,6 +92,9 @@ def test_verbs_can_be_called_and_their_modules_still_be_imported() -> None:
     run_python(
         "import castling_deploy, castling_deploy.castle, castling_deploy.fold, castling_deploy.export\n"
         "from castling_deploy.castle import castle\n"
+        "from castling_deploy.models import castlify\n"
+        "import castling_deploy.models.castlify\n"
+        "assert callable(castlify) and castlify is castling_deploy.models.castlify\n"
         "assert callable(castling_deploy.castle) and callable(castling_deploy.export)\n"
         "assert castling_deploy.fold.fold and castling_deploy.load and castling_deploy.open"
     )

@@ -1,12 +1,7 @@
-"""Softmax baselines against timm's networks on the same weights: our wiring is the published one.
-
-timm is no dependency: without it these tests are skipped.
-"""
+"""Softmax baselines against timm's networks on the same weights: our wiring is the published one."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from types import ModuleType
 
 import pytest
@@ -15,26 +10,6 @@ from networks import conditioned
 
 from castling_deploy.fold import fold
 from castling_deploy.models.family import family_of
-
-if importlib.util.find_spec("timm") is None or importlib.util.find_spec("torchvision") is None:
-    pytest.skip("timm and the torchvision it imports are not installed", allow_module_level=True)
-
-
-@pytest.fixture(scope="module")
-def timm() -> ModuleType:
-    """timm, also where torchvision is a CUDA build beside a CPU build of torch.
-
-    Such a torchvision (0.28) cannot load its operators and fails on import, unless their schemas are declared.
-    """
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError as error:
-        assert "torchvision::" in str(error)
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        for operator in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
-    return importlib.import_module("timm")
 
 
 @pytest.mark.parametrize(
