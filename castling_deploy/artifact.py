@@ -27,6 +27,8 @@ from castling_deploy.preprocessing import Preprocessing
 from castling_deploy.target import Artifact, Network, Precision, Target, TensorSpec
 
 GOLDEN_IMAGES = 8
+GOLDEN_BYTES = 2**26  # of their outputs
+LEAST_GOLDEN = 2  # images: without two there is no spread to measure an error against
 
 
 def network_for(card: ModelCard, folded: nn.Module, batch_size: int) -> Network:
@@ -75,7 +77,8 @@ def describe(
     """Write everything beside the model into `folder`; the manifest, which holds every file's hash, last."""
     golden = folder / "golden"
     golden.mkdir()
-    count = min(GOLDEN_IMAGES, ladder.probes.real)
+    affordable = GOLDEN_BYTES // (4 * card.output_values)
+    count = min(ladder.probes.real, max(LEAST_GOLDEN, min(GOLDEN_IMAGES, affordable)))
     np.save(golden / "images.npy", ladder.probes.images[:count])
     for name, values in ladder.outputs.items():
         np.save(golden / f"{name}.npy", values[:count])

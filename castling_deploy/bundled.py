@@ -1,4 +1,4 @@
-"""What travels with the package: two trained checkpoints, and real images to compare on."""
+"""What travels with the package: trained checkpoints, and real images to compare on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent / "bundled"
 DEFAULT = "castling-levit-digits"
-CHECKPOINTS = (DEFAULT, "castling-deit-digits")
+CHECKPOINTS = (
+    DEFAULT,
+    "castling-deit-digits",
+    "castling-levit-digits-detector",
+    "castling-mvitv2-digits-segmenter",
+)
 
 
 def checkpoint_path(name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from castling_deploy.suggest import did_you_mean
 class ModelCard:
     """What is known about a loaded network besides its weights.
 
+    `output_values` is how many numbers the outputs hold for one image.
     `samples` names the bundled images that the network was trained for, if any. `loaded` and `dropped` count and name
     the checkpoint's tensors: every one is in the network or named here. `warnings` is what a user has to know before
     trusting the network.
@@ -42,6 +44,7 @@ class ModelCard:
     family: str
     task: str
     outputs: tuple[str, ...]
+    output_values: int
     reference: str
     config: Any
     preprocessing: Preprocessing
@@ -112,6 +115,7 @@ def identify(
         family=family.name,
         task=family.task,
         outputs=tuple(output.name for output in family.outputs(config)),
+        output_values=sum(math.prod(output.shape) for output in family.outputs(config)),
         reference=family.reference,
         config=config,
         preprocessing=_preprocessing(facts, config, family),

@@ -76,7 +76,7 @@ def deploy_network(
     for step in steps:
         refuse_if_taken(folder_of(request, card, step), overwrite=request.overwrite)
     with progress.stage("castle, fold, and run the reference") as advance:
-        probes = probes_for(card.preprocessing, card.samples, request.seed)
+        probes = probes_for(card.preprocessing, card.samples, request.seed).affordable(card.output_values)
         task = task_named(card.task)
         ladder = climb(network, task, card.outputs, probes, advance, already_cast=card.already_cast)
     return Deployment(card, ladder, tuple(produce(request, step, card, ladder, progress) for step in steps))

@@ -126,5 +126,5 @@ def _ladder(folder: Folder, checkpoint: Path, progress: Progress) -> Ladder:
                 f"'{checkpoint}' is not the checkpoint that '{folder.path}' was exported from",
                 hint="name the file whose SHA-256 is in the manifest, or export again",
             )
-        probes = probes_for(folder.preprocessing, card.samples)
+        probes = probes_for(folder.preprocessing, card.samples).affordable(card.output_values)
         return climb(network, task_named(card.task), card.outputs, probes, advance)
