@@ -12,7 +12,7 @@ export: install  ## the main job: the bundled network to TARGET
 	$(VENV)/bin/castling-export --target $(TARGET) --output $(OUTPUT) --overwrite
 
 test: install
-	$(VENV)/bin/python -m pytest -q $(PARALLEL)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q $(PARALLEL)
 
 lint: install
 	$(VENV)/bin/ruff format --check .

@@ -66,6 +66,7 @@ def castling() -> None:
 @click.option("--batch-size", "-b", type=click.IntRange(1), default=1, show_default=True, help="Images at once.")
 @click.option("--dynamic", is_flag=True, help="A batch of any size, where the target can.")
 @click.option("--opset", type=int, help="ONNX opset.")
+@click.option("--nms", is_flag=True, help="A detector's boxes in the graph, after its raw outputs; ONNX only.")
 @click.option("--input", "content", metavar="KIND", help="tensor (normalised) or image (pixels), where the target can.")
 @click.option("--calib-data", type=click.Path(path_type=Path), help="Images to calibrate int8 on.")
 @click.option("--calib-samples", type=click.IntRange(1), help="How many of them.")
@@ -94,6 +95,7 @@ def export(
     batch_size: int,
     dynamic: bool,
     opset: int | None,
+    nms: bool,
     content: str | None,
     calib_data: Path | None,
     calib_samples: int | None,
@@ -110,6 +112,7 @@ def export(
     asked = {
         "dynamic": dynamic or None,
         "opset": opset,
+        "nms": nms or None,
         "input": content,
         "calib_data": calib_data,
         "calib_samples": calib_samples,

@@ -21,6 +21,7 @@ Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.intp]
 
 SCORES = re.compile(r"cls_pred_stride_(\d+)")
+SCORE, PER_LEVEL, IOU, KEEP = 0.025, 1000, 0.6, 100  # what mmdet and PaddleDetection ask for
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,10 @@ def detections(
     scale: tuple[float, float] = (1.0, 1.0),
     *,
     image: int = 0,
-    score: float = 0.025,
-    per_level: int = 1000,
-    iou: float = 0.6,
-    keep: int = 100,
+    score: float = SCORE,
+    per_level: int = PER_LEVEL,
+    iou: float = IOU,
+    keep: int = KEEP,
 ) -> Detections:
     """The detections in one image of a batch.
 
@@ -57,6 +58,25 @@ def detections(
     better one of its class when their intersection over union exceeds `iou`. Equal scores: finer level, earlier cell,
     lower class first. Raises ShapeError.
     """
+    found = candidates(outputs, image_size, image=image, score=score, per_level=per_level)
+    kept = suppressed(found, iou, keep)
+    height_scale, width_scale = scale
+    factors: Floats = np.array([width_scale, height_scale] * 2, np.float32)
+    return Detections(found.boxes[kept] / factors, found.scores[kept], found.labels[kept])
+
+
+def candidates(
+    outputs: Mapping[str, npt.NDArray[Any]],
+    image_size: tuple[int, int],
+    *,
+    image: int = 0,
+    score: float = SCORE,
+    per_level: int = PER_LEVEL,
+) -> Detections:
+    """What `detections` suppresses from: the candidates of every level, finer levels first, each level's best first.
+
+    Boxes are in pixels of the network's input. Raises ShapeError.
+    """
     levels = [
         _candidates(
             _of_image(outputs, f"cls_pred_stride_{stride}", image),
@@ -66,17 +86,13 @@ def detections(
             score,
             per_level,
         )
-        for stride in _strides(outputs)
+        for stride in strides_of(outputs)
     ]
-    found = Detections(
+    return Detections(
         np.concatenate([level.boxes for level in levels]),
         np.concatenate([level.scores for level in levels]),
         np.concatenate([level.labels for level in levels]),
     )
-    kept = suppressed(found, iou, keep)
-    height_scale, width_scale = scale
-    factors: Floats = np.array([width_scale, height_scale] * 2, np.float32)
-    return Detections(found.boxes[kept] / factors, found.scores[kept], found.labels[kept])
 
 
 def decoded(distances: Floats, stride: int, image_size: tuple[int, int]) -> Floats:
@@ -96,9 +112,17 @@ def decoded(distances: Floats, stride: int, image_size: tuple[int, int]) -> Floa
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     steps = np.arange(logits.shape[-1], dtype=np.float32)
     left, top, right, bottom = (stride * (weights @ steps) / weights.sum(-1)).T
-    y, x = (np.mgrid[:rows, :columns].reshape(2, -1).astype(np.float32) + np.float32(0.5)) * stride
+    x, y = centres(stride, image_size).T
     boxes = np.stack([x - left, y - top, x + right, y + bottom], axis=1)
     return boxes.clip(0, np.array([width, height] * 2, np.float32))
+
+
+def centres(stride: int, image_size: tuple[int, int]) -> Floats:
+    """The centres of a level's cells, (N, 2) x y in pixels, row by row."""
+    height, width = image_size
+    rows, columns = math.ceil(height / stride), math.ceil(width / stride)
+    y, x = (np.mgrid[:rows, :columns].reshape(2, -1).astype(np.float32) + np.float32(0.5)) * np.float32(stride)
+    return np.stack([x, y], axis=1)
 
 
 def suppressed(found: Detections, iou: float, keep: int) -> Indices:
@@ -144,7 +168,8 @@ def _candidates(
     return Detections(boxes[cells[best]], values[best], labels[best])
 
 
-def _strides(outputs: Mapping[str, Any]) -> list[int]:
+def strides_of(outputs: Mapping[str, Any]) -> list[int]:
+    """The strides of a detector's levels, finest first, from the names of its outputs. Raises ShapeError."""
     strides = sorted(int(match[1]) for match in map(SCORES.fullmatch, outputs) if match)
     if not strides:
         raise ShapeError(

@@ -37,7 +37,7 @@ def run_artifact(
 ) -> dict[str, Array]:
     """Every output of the artefact on `inputs` (P, ...), by name, P first. Raises ExportError on undeclared outputs."""
     (spec,) = artifact.inputs
-    names = [output.name for output in artifact.outputs]
+    names = {output.name: output.dtype for output in artifact.outputs}
     collected: dict[str, list[Array]] = {name: [] for name in names}
     done = turn = 0
     while done < len(inputs):
@@ -52,8 +52,8 @@ def run_artifact(
                 f"the artefact returned outputs {sorted(outputs)}, its manifest promises {sorted(names)}",
                 hint="the artefact was changed after its export; export it again",
             )
-        for name in names:
-            collected[name].append(np.asarray(outputs[name], np.float32)[: len(chunk)])
+        for name, dtype in names.items():
+            collected[name].append(np.asarray(outputs[name], dtype)[: len(chunk)])
         done, turn = done + len(chunk), turn + 1
         advance(done / len(inputs))
     return {name: np.concatenate(parts) for name, parts in collected.items()}

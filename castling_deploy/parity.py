@@ -61,15 +61,19 @@ class Reference:
     """The outputs to compare with, (P, ...) float32, the first `real` of them for real images.
 
     `noise` is the rel of the reference itself in float32 against float64: what its own rounding does to the output.
+    `unit` is the error that counts as 1 where that is not the spread: pixels, classes.
     """
 
     outputs: Array
     real: int
     noise: float
+    unit: float | None = None
 
     @cached_property
     def spread(self) -> float:
-        """Median over pairs of real images of the largest difference between their outputs."""
+        """Median over pairs of real images of the largest difference between their outputs; or `unit`."""
+        if self.unit is not None:
+            return self.unit
         return float(np.median(self._distances)) if self._distances.size else 0.0
 
     def rel(self, actual: Array, expected: Array) -> float | None:
@@ -79,7 +83,7 @@ class Reference:
             return None
         flat = expected.reshape(len(expected), -1).astype(np.float64)
         distances = [[np.abs(one - other).max(initial=0) for other in self._real] for one in flat]  # (n, real)
-        scales = np.maximum(self.spread, np.median(distances, axis=1))
+        scales = np.maximum(self.spread, np.median(distances, axis=1) if self.unit is None else 0.0)
         error = np.abs(actual.reshape(flat.shape).astype(np.float64) - flat).max(axis=1, initial=0)
         return float((error / scales).max())
 
@@ -199,7 +203,9 @@ def compare(name: str, actual: Array, reference: Reference, tolerance: Tolerance
         rel,
         cosine=float((actual * expected).sum() / lengths) if lengths else None,
         sqnr_db=float(10 * np.log10((expected**2).sum() / noise_power)) if noise_power else None,
-        top1_agreement=top1_agreement(actual, expected, tolerance.limit * reference.spread),
+        top1_agreement=(
+            top1_agreement(actual, expected, tolerance.limit * reference.spread) if reference.unit is None else None
+        ),
         verdict=judged(rel, reference, tolerance, power),
     )
 

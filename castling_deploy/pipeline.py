@@ -22,10 +22,7 @@ from castling_deploy.probes import probes_for
 from castling_deploy.progress import Progress, Silent
 from castling_deploy.quiet import toolchain
 from castling_deploy.request import Request, Step, plan
-from castling_deploy.target import (
-    Artifact,
-    Missing,
-)
+from castling_deploy.target import Artifact, Missing, refuse_for_task
 from castling_deploy.task import task_named
 from castling_deploy.verification import measure, verify_artifact
 
@@ -74,6 +71,7 @@ def deploy_network(
     if network.training:
         raise UsageError("the network is in training mode", hint="call network.eval() before export")
     for step in steps:
+        refuse_for_task(step.target, step.options, card.task)
         refuse_if_taken(folder_of(request, card, step), overwrite=request.overwrite)
     with progress.stage("castle, fold, and run the reference") as advance:
         probes = probes_for(card.preprocessing, card.samples, request.seed).affordable(card.output_values)

@@ -64,7 +64,8 @@ def verify(path: str | Path, checkpoint: str | Path | None = None, progress: Pro
         name: Reference(values, real=len(values), noise=folder.noise[name]) for name, values in golden_outputs.items()
     }
     task = task_named(folder.task)
-    golden = WitnessReport(witness, compared(task, outputs, references, TOLERANCES[folder.precision]), None)
+    parities = compared(task, outputs, references, TOLERANCES[folder.precision], folder.preprocessing.size)
+    golden = WitnessReport(witness, parities, None)
     if checkpoint is None:
         return Recheck(folder, golden)
     ladder = _ladder(folder, Path(checkpoint), progress)

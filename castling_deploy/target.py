@@ -134,7 +134,8 @@ class Target(Protocol):
     """A format. Class members are data; the methods are all that differs from format to format.
 
     `precisions[0]` is the default. `options` is a frozen dataclass: its fields are the options the target
-    understands, and its `__post_init__` refuses bad values. `extra` is the pip extra that installs the toolchain.
+    understands, and its `__post_init__` refuses bad values; a field with `metadata={"task": ...}` is for networks of
+    that task alone. `extra` is the pip extra that installs the toolchain.
     """
 
     name: str
@@ -198,6 +199,18 @@ def options_for(target: Target, asked: Mapping[str, Any]) -> Any:
                 hint=f"leave it out for this target; its own options: {can}",
             )
     return target.options(**asked)
+
+
+def refuse_for_task(target: Target, options: Any, task: str) -> None:
+    """Raises UsageError for an option that means nothing to networks of this task: one whose field names another."""
+    for item in dataclasses.fields(options):
+        meant = item.metadata.get("task", task)
+        if meant != task and getattr(options, item.name) != item.default:
+            flag = "--" + item.name.replace("_", "-")
+            raise UsageError(
+                f"target '{target.name}' has {flag} for {meant} alone, and this is a network for {task}",
+                hint=f"leave out {flag} for this network",
+            )
 
 
 def precision_for(target: Target, asked: str | None) -> Precision:

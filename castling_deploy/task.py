@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -11,11 +12,29 @@ import numpy.typing as npt
 from castling_deploy.average_precision import average_precision
 from castling_deploy.detection import detections
 from castling_deploy.errors import UsageError
+from castling_deploy.replay import ROUNDING, replayed
 from castling_deploy.scenes import Scene
 from castling_deploy.suggest import did_you_mean
 
 Outputs = Mapping[str, npt.NDArray[np.floating]]
 Truth = npt.NDArray[np.int64] | tuple[Scene, ...]  # classes of images, or what is in each of them
+
+# The largest error of what follows from a detector's outputs: pixels, scores (which are copied), classes.
+LIMITS: Mapping[str, float] = {"boxes": ROUNDING, "scores": 1e-6, "labels": 0.5}
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What an output has to be that an artefact adds, given the artefact's other outputs.
+
+    `limit` is the largest error allowed, in the output's own unit and whatever the artefact's precision; None: the
+    artefact's tolerance, relative to the spread. `power` is that of the comparison; None: that of the output it follows
+    from, since it may tell fewer images apart without harm.
+    """
+
+    expected: npt.NDArray[np.floating]
+    limit: float | None = None
+    power: float | None = None
 
 
 class Task(Protocol):
@@ -30,8 +49,12 @@ class Task(Protocol):
         `size` (height, width) is that of the images, in pixels.
         """
 
-    def derived(self, name: str, outputs: Outputs) -> npt.NDArray[np.floating] | None:
-        """An output that an artefact may add because it follows from the network's own; None where none does."""
+    def derived(self, outputs: Outputs, size: tuple[int, int]) -> Mapping[str, Derived]:
+        """The outputs that an artefact may add because they follow from the network's own, by name.
+
+        `outputs` are the artefact's, the network's own and the added ones: what it adds is held against its own words,
+        and these against the reference. `size` is (H, W) of the input in pixels.
+        """
 
 
 class Classification:
@@ -45,16 +68,15 @@ class Classification:
             return None
         return float(100 * (outputs["logits"][: len(truth)].argmax(1) == truth).mean())
 
-    def derived(self, name: str, outputs: Outputs) -> npt.NDArray[np.floating] | None:
-        if name != "probabilities":
-            return None
+    def derived(self, outputs: Outputs, size: tuple[int, int]) -> Mapping[str, Derived]:
         logits = outputs["logits"].astype(np.float64)
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return powers / powers.sum(axis=1, keepdims=True)
+        return {"probabilities": Derived(powers / powers.sum(axis=1, keepdims=True))}
 
 
 class Detection:
-    """Raw heads: scores and box distributions per level; castling_deploy.detection makes boxes of them."""
+    """Raw heads: scores and box distributions per level; castling_deploy.detection makes boxes of them, and so may an
+    artefact."""
 
     name = "detection"
     metric = "mAP"
@@ -65,8 +87,12 @@ class Detection:
         found = [detections(outputs, size, image=image) for image in range(len(truth))]
         return average_precision(found, truth)
 
-    def derived(self, name: str, outputs: Outputs) -> npt.NDArray[np.floating] | None:
-        return None
+    def derived(self, outputs: Outputs, size: tuple[int, int]) -> Mapping[str, Derived]:
+        if not LIMITS.keys() <= outputs.keys():
+            return {}
+        expected = replayed(outputs, size)
+        power = float(expected["scores"].any())  # 0 where nothing was seen: then nothing was compared
+        return {name: Derived(expected[name], limit, power) for name, limit in LIMITS.items()}
 
 
 class Segmentation:
@@ -80,8 +106,8 @@ class Segmentation:
             return None
         return mean_iou(outputs["logits"][: len(truth)].argmax(1), np.stack([scene.mask for scene in truth]))
 
-    def derived(self, name: str, outputs: Outputs) -> npt.NDArray[np.floating] | None:
-        return None
+    def derived(self, outputs: Outputs, size: tuple[int, int]) -> Mapping[str, Derived]:
+        return {}
 
 
 def mean_iou(found: npt.NDArray[np.integer], truth: npt.NDArray[np.integer]) -> float:

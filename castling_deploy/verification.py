@@ -27,7 +27,7 @@ from castling_deploy.parity import (
 )
 from castling_deploy.quiet import toolchain
 from castling_deploy.target import Artifact, Precision, Session, Target
-from castling_deploy.task import Outputs, Task
+from castling_deploy.task import Derived, Outputs, Task
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def verify_artifact(
     }
     report = WitnessReport(
         witness,
-        compared(ladder.task, outputs, references, TOLERANCES[precision]),
+        compared(ladder.task, outputs, references, TOLERANCES[precision], ladder.probes.preprocessing.size),
         ladder.score(outputs) if references.keys() <= outputs.keys() else None,
     )
     rel = worst(output.rel for output in report.outputs)
@@ -65,31 +65,44 @@ def verify_artifact(
 
 
 def compared(
-    task: Task, outputs: Outputs, references: Mapping[str, Reference], tolerance: Tolerance
+    task: Task,
+    outputs: Outputs,
+    references: Mapping[str, Reference],
+    tolerance: Tolerance,
+    size: tuple[int, int],
 ) -> tuple[OutputParity, ...]:
-    """Every output of an artefact against what the reference says of it. Raises ExportError for one that the reference
-    knows nothing of, or one that is missing."""
+    """The network's outputs against the reference, then what the artefact adds against what follows from its own.
+
+    `size` is (H, W) of the input in pixels. Raises ExportError for an output that is missing, or of which nothing is
+    known.
+    """
     missing = references.keys() - outputs.keys()
     if missing:
         raise ExportError(f"the artefact lacks the outputs {sorted(missing)}", hint="report this target")
-    return tuple(_compared(task, name, values, references, tolerance) for name, values in outputs.items())
-
-
-def _compared(
-    task: Task, name: str, values: Array, references: Mapping[str, Reference], tolerance: Tolerance
-) -> OutputParity:
-    if name in references:
-        reference = references[name]
-        return compare(name, values, reference, tolerance, reference.power(tolerance))
-    expected = task.derived(name, {known: reference.outputs for known, reference in references.items()})
-    if expected is None:
+    own = [
+        compare(name, outputs[name], reference, tolerance, reference.power(tolerance))
+        for name, reference in references.items()
+    ]
+    added = [name for name in outputs if name not in references]
+    if not added or any(parity.max_abs is None for parity in own):
+        return tuple(own)  # from outputs that cannot be compared, nothing follows
+    derived = task.derived(outputs, size)
+    unknown = [name for name in added if name not in derived]
+    if unknown:
         known = ", ".join(references)
-        raise ExportError(f"nothing is known of the artefact's output '{name}'", hint=f"the network's own: {known}")
+        raise ExportError(
+            f"nothing is known of the artefact's output '{unknown[0]}'", hint=f"the network's own: {known}"
+        )
     source = next(iter(references.values()))
-    follows = Reference(expected, source.real, noise=0.0)
-    amplified = source.spread / follows.spread if follows.spread else 0.0  # softmax itself amplifies nothing
-    follows = replace(follows, noise=source.noise * amplified)
-    return compare(name, values, follows, tolerance, source.power(tolerance))
+    return *own, *(_followed(name, outputs[name], derived[name], source, tolerance) for name in added)
+
+
+def _followed(name: str, values: Array, derived: Derived, source: Reference, tolerance: Tolerance) -> OutputParity:
+    """An output that follows from those of the artefact; `source` is the reference of the first of them."""
+    unit = None if derived.limit is None else derived.limit / tolerance.limit
+    follows = Reference(derived.expected, source.real, noise=0.0, unit=unit)
+    power = source.power(tolerance) if derived.power is None else derived.power
+    return compare(name, values, follows, tolerance, power)
 
 
 def measure(target: Target, artifact: Artifact, folder: Path, ladder: Ladder, threads: int = 1) -> LatencyReport:

@@ -6,13 +6,14 @@ import ast
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError, UsageError
+from castling_deploy.export import onnx_nms
 from castling_deploy.export.onnx_half import half, inferred
 from castling_deploy.export.onnx_session import OnnxSession
 from castling_deploy.target import Artifact, Missing, Network, Precision, Session, TensorSpec, Witness, WitnessKind
@@ -70,10 +71,14 @@ def require_opset(opset: int) -> None:
 
 @dataclass(frozen=True)
 class OnnxOptions:
-    """`opset` of the standard operators; `dynamic` leaves the batch open. Raises UsageError for a bad opset."""
+    """`opset` of the standard operators; `dynamic` leaves the batch open; `nms` adds boxes to a detector's outputs.
+
+    Raises UsageError for a bad opset.
+    """
 
     opset: int = 20
     dynamic: bool = False
+    nms: bool = field(default=False, metadata={"task": "detection"})
 
     def __post_init__(self) -> None:
         require_opset(self.opset)
@@ -106,21 +111,33 @@ class OnnxTarget:
             )
 
     def export(self, network: Network, precision: Precision, options: OnnxOptions, folder: Path) -> Artifact:
-        model = onnx_model(network, precision, options.opset, dynamic=options.dynamic)
+        model = onnx_model(network, precision, options.opset, dynamic=options.dynamic, nms=options.nms)
         write(model, folder / FILE)
+        raw = network
+        if options.nms:
+            network = replace(raw, outputs=(*raw.outputs, *onnx_nms.outputs(raw)))
         inputs, outputs = specs(network, dynamic=options.dynamic)
         usage = USAGE.format(
             input=inputs[0].name, output=outputs[0].name, shape=inputs[0].shape, example=list(network.inputs[0].shape)
         )
-        return Artifact((FILE,), inputs, outputs, tools(), ("onnxruntime",), usage, facts(model))
+        details = facts(model)
+        if options.nms:
+            usage += onnx_nms.usage(raw)
+            details["notes"].append("the time includes the boxes; PyTorch's ends with the raw outputs")
+        return Artifact((FILE,), inputs, outputs, tools(), ("onnxruntime",), usage, details)
 
     @contextmanager
     def load(self, folder: Path, *, threads: int = 1) -> Iterator[Session]:
         yield OnnxSession(folder / FILE, threads, WitnessKind.RUNTIME)
 
 
-def onnx_model(network: Network, precision: Precision, opset: int, *, dynamic: bool = False) -> onnx.ModelProto:
-    """`network` as a checked ONNX model, the same bytes for the same network. Raises ExportError."""
+def onnx_model(
+    network: Network, precision: Precision, opset: int, *, dynamic: bool = False, nms: bool = False
+) -> onnx.ModelProto:
+    """`network` as a checked ONNX model, the same bytes for the same network; with `nms`, a detector's boxes too.
+
+    Raises ExportError, and UsageError for `nms` and a network that is no detector.
+    """
     import onnx
 
     program = exported_program(network, dynamic=dynamic)
@@ -129,6 +146,8 @@ def onnx_model(network: Network, precision: Precision, opset: int, *, dynamic: b
         model = half(model)
     softmaxes = sum(str(node.target) in ("aten.softmax.int", "aten._softmax.default") for node in program.graph.nodes)
     check(model, precision, softmaxes=softmaxes)
+    if nms:
+        model = inferred(onnx_nms.with_boxes(model, network))
     try:
         onnx.checker.check_model(model, full_check=True)
     except onnx.checker.ValidationError as error:

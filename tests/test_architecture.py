@@ -29,7 +29,7 @@ HEAVY = (
     "rich",
 )
 MODELS_MAY = {"errors", "suggest", "castle", "fold", "rewrite", "models", "verbs"}
-EXPORT_MAY = {"errors", "suggest", "target", "preprocessing", "export", "verbs"}
+EXPORT_MAY = {"errors", "suggest", "target", "preprocessing", "detection", "export", "verbs"}
 
 
 def imports_of(path: Path) -> set[str]:

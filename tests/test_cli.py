@@ -69,6 +69,19 @@ USAGE = {
         "'executorch' has no option --dynamic",
         "leave it",
     ),
+    **{
+        f"boxes in {target}": (
+            ["export", "--target", target, "--nms"],
+            f"'{target}' has no option --nms",
+            "leave it out",
+        )
+        for target in ("coreml", "executorch", "tensorrt")
+    },
+    "boxes of a classifier": (
+        ["export", "--target", "onnx", "--nms"],
+        "--nms for detection alone, and this is a network for classification",
+        "leave out --nms",
+    ),
     "a bad opset": (["export", "--target", "onnx", "--opset", "11"], "opset 11", "20"),
     "a bad input kind": (["export", "--target", "coreml", "--input", "picture"], "picture", "image"),
     "a typo beside all": (["export", "--target", "all,onnxx"], "unknown target 'onnxx'", "did you mean 'onnx'"),

@@ -21,10 +21,9 @@ def test_top1_counts_the_labelled_images_only() -> None:
 
 def test_probabilities_follow_from_logits_and_nothing_else_does() -> None:
     logits = np.array([[1e4, 1e4, -1e4], [0.0, np.log(3.0), -np.inf]])
-    derived = Classification().derived("probabilities", {"logits": logits})
-    assert derived is not None
-    np.testing.assert_allclose(derived, [[0.5, 0.5, 0], [0.25, 0.75, 0]])
-    assert Classification().derived("boxes", {"logits": logits}) is None
+    derived = Classification().derived({"logits": logits}, (32, 32))
+    assert derived.keys() == {"probabilities"}
+    np.testing.assert_allclose(derived["probabilities"].expected, [[0.5, 0.5, 0], [0.25, 0.75, 0]])
 
 
 def test_an_unknown_task_gets_a_suggestion() -> None:
