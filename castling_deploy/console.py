@@ -123,7 +123,7 @@ def print_inspection(seen: Inspection, console: Console) -> None:
     """A checkpoint: what it is, what the cast removes, what the fold folds."""
     card = seen.card
     height, width = card.config.image_size
-    console.print(f"{card.name}  ({card.family}; {card.reference})", style="bold")
+    console.print(f"{card.name}  ({card.family}, {card.task}; {card.reference})", style="bold")
     console.print(
         f"  input {card.config.channels} x {height} x {width}, {card.config.classes} classes; "
         f"{card.loaded} tensors loaded; taken off: {', '.join(card.peeled) or 'nothing'}; "
