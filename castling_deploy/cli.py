@@ -295,6 +295,7 @@ def inspect(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def models(names: tuple[str, ...], as_json: bool) -> int:
     """Every model that a checkpoint can be: NAMEs of models, families or tasks; all of them without."""
+    from castling_deploy import bundled
     from castling_deploy.catalogue import catalogue, print_catalogue
     from castling_deploy.terminal import stderr_console
 
@@ -302,7 +303,9 @@ def models(names: tuple[str, ...], as_json: bool) -> int:
     if as_json:
         _print_json({"schema": SCHEMA, "models": entries})
     else:
-        print_catalogue(entries, stderr_console())
+        console = stderr_console()
+        print_catalogue(entries, console)
+        console.print(f"\ntrained and bundled: {', '.join(bundled.CHECKPOINTS)}", soft_wrap=True)
     return 0
 
 

@@ -200,6 +200,8 @@ def test_an_interrupted_run_leaves_nothing_behind(how: signal.Signals, tmp_path:
         ],
         stderr=subprocess.PIPE,
         env=ENVIRONMENT,
+        # tests that run in a shell's background are born with SIGINT ignored, and so would be this process
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not any(tmp_path.glob(".*.partial-*")) and time.monotonic() < deadline:

@@ -21,6 +21,7 @@ from castling_deploy.fold import fold
 from castling_deploy.identify import ModelCard, identify
 from castling_deploy.ladder import Ladder, climb
 from castling_deploy.models.attention import FoldedAttention
+from castling_deploy.models.mvit_attention import FoldedPoolingAttention, Pooled
 from castling_deploy.parity import ParityReport, Verdict
 from castling_deploy.probes import probes_for
 from castling_deploy.rewrite import copied
@@ -29,7 +30,7 @@ from castling_deploy.task import task_named
 from castling_deploy.verification import verify_artifact
 
 Defect = Callable[[nn.Module], nn.Module]
-LEVIT, DEIT = bundled.CHECKPOINTS
+LEVIT, DEIT = "castling-levit-digits", "castling-deit-digits"
 
 
 def deep(network: nn.Module) -> nn.Module:
@@ -40,8 +41,14 @@ def deep(network: nn.Module) -> nn.Module:
     return twin
 
 
-def attention(network: nn.Module, index: int = 1) -> FoldedAttention:
-    return [module for module in network.modules() if isinstance(module, FoldedAttention)][index]
+def attention(network: nn.Module, index: int = 1) -> FoldedAttention | FoldedPoolingAttention:
+    kinds = (FoldedAttention, FoldedPoolingAttention)
+    return [module for module in network.modules() if isinstance(module, kinds)][index]
+
+
+def linear(part: nn.Linear | Pooled) -> nn.Linear:
+    """The projection of queries, keys or values, pooled after it or not."""
+    return part.linear if isinstance(part, Pooled) else part
 
 
 def swapped_query_and_key(network: nn.Module) -> nn.Module:
@@ -51,7 +58,7 @@ def swapped_query_and_key(network: nn.Module) -> nn.Module:
 
 
 def dropped_bias(network: nn.Module) -> nn.Module:
-    attention(network).value.bias = None
+    linear(attention(network).value).bias = None
     return network
 
 
@@ -69,17 +76,18 @@ def dropped_token_convolution(network: nn.Module) -> nn.Module:
 def heads_split_in_the_wrong_order(network: nn.Module) -> nn.Module:
     """Rows taken as (channel, head) where they are (head, channel)."""
     module = attention(network)
-    for linear in (module.query, module.key):
-        linear.weight.data = linear.weight.data.unflatten(0, (module.heads, -1)).transpose(0, 1).flatten(0, 1)
+    heads = module.dconv.weight.shape[0]
+    for layer in (linear(module.query), linear(module.key)):
+        layer.weight.data = layer.weight.data.unflatten(0, (heads, -1)).transpose(0, 1).flatten(0, 1)
     return network
 
 
 def constant_lost(network: nn.Module) -> nn.Module:
     """The kernel's 1 / pi taken for 1: the values weigh too little."""
     module = attention(network)
-    for linear in (module.value,):
-        linear.weight.data *= 1 / torch.pi
-        linear.bias.data *= 1 / torch.pi
+    value = module.value.norm if isinstance(module.value, Pooled) else module.value
+    value.weight.data *= 1 / torch.pi
+    value.bias.data *= 1 / torch.pi
     module.dconv.weight.data *= torch.pi
     module.register_forward_hook(lambda module, inputs, output: output * 1.05)
     return network
@@ -148,7 +156,8 @@ def tanh_gelu(network: nn.Module) -> nn.Module:
 
 
 def last_block_missing(network: nn.Module) -> nn.Module:
-    blocks = [module for module in network.modules() if isinstance(module, nn.ModuleList) and len(module) > 1][-1]
+    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
+    blocks = [each for each in lists if hasattr(each[-1], "attn")][-1]
     del blocks[-1]
     return network
 
