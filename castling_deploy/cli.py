@@ -206,11 +206,24 @@ def _dry_run(request: Any, steps: tuple[Any, ...], as_json: bool) -> int:
 
 
 @castling.command(context_settings=CONTEXT)
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", metavar="DIR", required=False, type=click.Path(path_type=Path))
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Compare with this checkpoint again.")
+@click.option("--from", "saved", type=click.Path(path_type=Path), help="A parity.json: judge its numbers, run nothing.")
+@click.option("--rel", type=Amount(0, min_open=True), help="With --from: the limit on error / spread, such as 1e-3.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-def verify(path: Path, checkpoint: Path | None, as_json: bool) -> int:
+def verify(path: Path | None, checkpoint: Path | None, saved: Path | None, rel: float | None, as_json: bool) -> int:
     """Check an artefact folder: its files, its golden outputs, and its parity with a checkpoint."""
+    if saved is not None or rel is not None:
+        if path is not None or checkpoint is not None:
+            raise UsageError(
+                "--from and --rel judge saved numbers and run nothing",
+                hint="leave out the folder and --checkpoint, or leave out --from and --rel",
+            )
+        if saved is None or rel is None:
+            raise UsageError("--from and --rel go together", hint="castling verify --from DIR/parity.json --rel 1e-3")
+        return _judge_again(saved, rel, as_json)
+    if path is None:
+        raise UsageError("no artefact folder is named", hint="castling verify DIR")
     from castling_deploy import documents
     from castling_deploy.console import marked, number
     from castling_deploy.parity import Verdict
@@ -248,6 +261,28 @@ def verify(path: Path, checkpoint: Path | None, as_json: bool) -> int:
     if seen.verdict is Verdict.INCONCLUSIVE:
         return _concluded(
             InconclusiveError(f"the comparison of '{path}' has too little power", hint="see its parity.json")
+        )
+    return 0
+
+
+def _judge_again(saved: Path, rel: float, as_json: bool) -> int:
+    from castling_deploy.console import print_rejudged
+    from castling_deploy.parity import Verdict
+    from castling_deploy.rejudge import rejudge, rejudged_document
+    from castling_deploy.terminal import stderr_console
+
+    seen = rejudge(saved, rel)
+    print_rejudged(seen, stderr_console())
+    if as_json:
+        _print_json(rejudged_document(seen))
+    if seen.verdict is Verdict.FAIL:
+        return _concluded(ParityError(f"'{saved}' fails with the limit {rel:g}", hint="do not ship the artefact"))
+    if seen.verdict is Verdict.INCONCLUSIVE:
+        return _concluded(
+            InconclusiveError(
+                f"the numbers of '{saved}' decide nothing with the limit {rel:g}",
+                hint="the limit is wider than the images lie apart, or narrower than rounding; see its widest_limit",
+            )
         )
     return 0
 

@@ -13,6 +13,7 @@ from castling_deploy.doctor import Health
 from castling_deploy.inspection import Inspection
 from castling_deploy.parity import Verdict
 from castling_deploy.pipeline import Deployment, Result
+from castling_deploy.rejudge import Rejudged
 from castling_deploy.report import model_bytes
 from castling_deploy.target import WitnessKind
 
@@ -215,3 +216,18 @@ def _amount(value: float | None, quantity: Quantity) -> str:
         "": lambda: f"{value:.3g}",
     }
     return units[quantity.unit]()
+
+
+def print_rejudged(seen: Rejudged, console: Console) -> None:
+    """Every saved error with the other limit, and the verdict it had."""
+    console.print(f"{seen.path}: {marked(seen.verdict)} with the limit {seen.limit:g}; nothing was run", soft_wrap=True)
+    for witness, was in zip(seen.report.witnesses, seen.saved.report.witnesses, strict=True):
+        for output, before in zip(witness.outputs, was.outputs, strict=True):
+            own = "; its limit is in its own unit" if output.widest_limit is None else ""
+            console.print(
+                f"  {output.name} {marked(output.verdict)} (was {marked(before.verdict)}), error / spread "
+                f"{number(output.rel, '.1e')}, by {witness.witness.name} ({witness.witness.kind}){own}",
+                soft_wrap=True,
+            )
+    for rung in seen.report.rungs:
+        console.print(f"  rung {rung.name}: {marked(rung.verdict)}")

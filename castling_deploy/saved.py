@@ -99,7 +99,11 @@ def _read(path: Path) -> Any:
 
 def _output(item: Mapping[str, Any]) -> OutputParity:
     """One output; a number that this version knows and the file does not is None."""
-    numbers = {field.name: _number(item.get(field.name)) for field in fields(OutputParity)[1:-1]}
+    numbers = {
+        field.name: _number(item.get(field.name))
+        for field in fields(OutputParity)
+        if field.name not in ("name", "verdict")
+    }
     for name in ("spread", "noise_rel", "power"):
         if numbers[name] is None:
             raise ValueError(f"an output has no '{name}'")

@@ -113,6 +113,16 @@ USAGE = {
         "'nan' is no number",
         "castling diff --help",
     ),
+    "a limit for numbers that are not saved": (["verify", "x", "--rel", "1e-3"], "run nothing", "leave out"),
+    "saved numbers and a checkpoint": (
+        ["verify", "--from", "parity.json", "--rel", "1e-3", "--checkpoint", "best.pth"],
+        "run nothing",
+        "leave out the folder and --checkpoint",
+    ),
+    "saved numbers without a limit": (["verify", "--from", "parity.json"], "go together", "--rel 1e-3"),
+    "a limit of zero": (["verify", "--from", "parity.json", "--rel", "0"], "--rel", "castling verify --help"),
+    "saved numbers that are not there": (["verify", "--from", "none.json", "--rel", "1"], "none.json", "export"),
+    "verifying nothing": (["verify"], "no artefact folder", "castling verify DIR"),
     "a comparison with nothing": (["diff", ".", "."], "is no artefact folder", "castling export"),
     "a folder that is no artefact": (["verify", "."], "is no artefact folder", "castling export"),
     "calibration that nothing uses": (
