@@ -6,6 +6,7 @@ Nothing heavy is imported before a command needs it: `castling --help` answers w
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -14,14 +15,29 @@ from typing import Any, Literal, NoReturn
 
 import click
 
-from castling_deploy.errors import CastlingError, InconclusiveError, ParityError, TargetUnavailableError, UsageError
+from castling_deploy.errors import (
+    CastlingError,
+    InconclusiveError,
+    ParityError,
+    RegressionError,
+    TargetUnavailableError,
+    UsageError,
+)
 from castling_deploy.plain import SCHEMA, plain
 from castling_deploy.target import ALIASES, TARGETS, target_named
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 ALL = "all"
 # Which exit code stands for a run with several outcomes: the gravest first.
-GRAVEST = (1, 2, ParityError.exit_code, InconclusiveError.exit_code, TargetUnavailableError.exit_code, 0)
+GRAVEST = (
+    1,
+    2,
+    ParityError.exit_code,
+    InconclusiveError.exit_code,
+    TargetUnavailableError.exit_code,
+    RegressionError.exit_code,
+    0,
+)
 INTERRUPTED = 130
 
 
@@ -38,13 +54,24 @@ class ImageSize(click.ParamType[tuple[int, int]]):
         return sides[0], sides[-1]
 
 
+class Amount(click.FloatRange):
+    """A number, zero or more. Not NaN and not infinity, which would let everything pass."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not math.isfinite(amount := super().convert(value, param, ctx)):
+            self.fail(f"'{value}' is no number", param, ctx)
+        return amount
+
+
 @click.group(context_settings=CONTEXT)
 @click.version_option(package_name="castling-deploy", prog_name="castling")
 def castling() -> None:
     """Takes a trained Castling-ViT to phones, browsers and GPUs, and proves what it ships.
 
     Exit codes: 0 ok, 1 internal failure, 2 bad input or usage, 3 parity failed, 4 target not available here,
-    5 parity inconclusive, 130 interrupted.
+    5 parity inconclusive, 6 performance regression, 130 interrupted.
     """
 
 
@@ -179,11 +206,24 @@ def _dry_run(request: Any, steps: tuple[Any, ...], as_json: bool) -> int:
 
 
 @castling.command(context_settings=CONTEXT)
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", metavar="DIR", required=False, type=click.Path(path_type=Path))
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Compare with this checkpoint again.")
+@click.option("--from", "saved", type=click.Path(path_type=Path), help="A parity.json: judge its numbers, run nothing.")
+@click.option("--rel", type=Amount(0, min_open=True), help="With --from: the limit on error / spread, such as 1e-3.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-def verify(path: Path, checkpoint: Path | None, as_json: bool) -> int:
+def verify(path: Path | None, checkpoint: Path | None, saved: Path | None, rel: float | None, as_json: bool) -> int:
     """Check an artefact folder: its files, its golden outputs, and its parity with a checkpoint."""
+    if saved is not None or rel is not None:
+        if path is not None or checkpoint is not None:
+            raise UsageError(
+                "--from and --rel judge saved numbers and run nothing",
+                hint="leave out the folder and --checkpoint, or leave out --from and --rel",
+            )
+        if saved is None or rel is None:
+            raise UsageError("--from and --rel go together", hint="castling verify --from DIR/parity.json --rel 1e-3")
+        return _judge_again(saved, rel, as_json)
+    if path is None:
+        raise UsageError("no artefact folder is named", hint="castling verify DIR")
     from castling_deploy import documents
     from castling_deploy.console import marked, number
     from castling_deploy.parity import Verdict
@@ -215,9 +255,35 @@ def verify(path: Path, checkpoint: Path | None, as_json: bool) -> int:
     if seen.parity is None and seen.folder.verdict is not Verdict.PASS:
         progress.console.print(f"at its export, the verdict was {marked(seen.folder.verdict)}")
     if seen.verdict is Verdict.FAIL:
-        raise ParityError(f"'{path}' does not compute what it has to", hint="do not ship it; export it again")
+        return _concluded(
+            ParityError(f"'{path}' does not compute what it has to", hint="do not ship it; export it again")
+        )
     if seen.verdict is Verdict.INCONCLUSIVE:
-        raise InconclusiveError(f"the comparison of '{path}' has too little power", hint="see its parity.json")
+        return _concluded(
+            InconclusiveError(f"the comparison of '{path}' has too little power", hint="see its parity.json")
+        )
+    return 0
+
+
+def _judge_again(saved: Path, rel: float, as_json: bool) -> int:
+    from castling_deploy.console import print_rejudged
+    from castling_deploy.parity import Verdict
+    from castling_deploy.rejudge import rejudge, rejudged_document
+    from castling_deploy.terminal import stderr_console
+
+    seen = rejudge(saved, rel)
+    print_rejudged(seen, stderr_console())
+    if as_json:
+        _print_json(rejudged_document(seen))
+    if seen.verdict is Verdict.FAIL:
+        return _concluded(ParityError(f"'{saved}' fails with the limit {rel:g}", hint="do not ship the artefact"))
+    if seen.verdict is Verdict.INCONCLUSIVE:
+        return _concluded(
+            InconclusiveError(
+                f"the numbers of '{saved}' decide nothing with the limit {rel:g}",
+                hint="the limit is wider than the images lie apart, or narrower than rounding; see its widest_limit",
+            )
+        )
     return 0
 
 
@@ -249,6 +315,31 @@ def bench(paths: tuple[Path, ...], threads: int, as_json: bool) -> int:
     if as_json:
         _print_json({"schema": SCHEMA, "latency": rows})
     return 0
+
+
+@castling.command(context_settings=CONTEXT)
+@click.argument("a", metavar="DIR_A", type=click.Path(path_type=Path))
+@click.argument("b", metavar="DIR_B", type=click.Path(path_type=Path))
+@click.option("--max-slower", type=Amount(0), default=10, show_default=True, help="Percent, on the same host.")
+@click.option("--max-larger", type=Amount(0), default=5, show_default=True, help="Percent.")
+@click.option("--max-drop", type=Amount(0), default=0.5, show_default=True, help="Percentage points of the score.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def diff(a: Path, b: Path, max_slower: float, max_larger: float, max_drop: float, as_json: bool) -> int:
+    """Parity, score, size and latency of two artefact folders side by side; where DIR_B is worse, it fails.
+
+    Read from what the exports wrote; `castling verify` tells whether the files are as they were exported.
+    """
+    from castling_deploy.comparison import Allowed
+    from castling_deploy.comparison import diff as compared
+    from castling_deploy.console import print_comparison
+    from castling_deploy.report import comparison_document
+    from castling_deploy.terminal import stderr_console
+
+    comparison = compared(a, b, Allowed(max_slower, max_larger, max_drop))
+    print_comparison(comparison, stderr_console())
+    if as_json:
+        _print_json(comparison_document(comparison))
+    return _concluded(comparison.regression)
 
 
 @castling.command(context_settings=CONTEXT)
@@ -338,6 +429,14 @@ def _print_json(document: Any) -> None:
     click.echo(json.dumps(plain(document), allow_nan=False))
 
 
+def _concluded(error: CastlingError | None) -> int:
+    """The exit code of a command whose document is printed already: the two lines of an error, and no second one."""
+    if error is None:
+        return 0
+    _say(error.message, error.hint)
+    return error.exit_code
+
+
 def main() -> NoReturn:
     """`castling`."""
     sys.exit(run(castling, sys.argv[1:], "castling"))
@@ -382,8 +481,12 @@ def _raise(error: BaseException) -> None:
     raise error
 
 
-def _fail(arguments: list[str], message: str, hint: str | None, code: int) -> int:
+def _say(message: str, hint: str | None) -> None:
     click.echo(f"error: {message}" + (f"\n  hint: {hint}" if hint else ""), err=True)
+
+
+def _fail(arguments: list[str], message: str, hint: str | None, code: int) -> int:
+    _say(message, hint)
     if "--json" in arguments:
         _print_json({"schema": SCHEMA, "error": {"message": message, "hint": hint, "exit_code": code}, "artifacts": []})
     return code

@@ -8,10 +8,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from castling_deploy.comparison import Comparison, Quantity
 from castling_deploy.doctor import Health
 from castling_deploy.inspection import Inspection
 from castling_deploy.parity import Verdict
 from castling_deploy.pipeline import Deployment, Result
+from castling_deploy.rejudge import Rejudged
 from castling_deploy.report import model_bytes
 from castling_deploy.target import WitnessKind
 
@@ -176,3 +178,56 @@ def print_health(health: Health, console: Console) -> None:
         for missing in (target.missing, target.unfinished):
             if missing is not None:
                 console.print(f"  {target.target}: {missing.reason}\n    {missing.fix}", soft_wrap=True)
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """What the two do not share, then every number side by side."""
+    a, b = comparison.a, comparison.b
+    console.print(f"a: {a.folder.path}\nb: {b.folder.path}", soft_wrap=True)
+    for difference in comparison.differences:
+        console.print(f"  ! {difference.name}: a has {difference.a}, b has {difference.b}", style="yellow")
+    table = Table(show_edge=False, pad_edge=False)
+    for column in ("", "a", "b", "change", "allowed"):
+        table.add_column(column, justify="left" if not column else "right")
+    state = Text("worse", "red") if comparison.parity_regressed else Text("")
+    table.add_row("parity", marked(a.verdict), marked(b.verdict), state, "")
+    for quantity in comparison.quantities:
+        change = "-" if quantity.change is None else f"{quantity.change:+.2f} {quantity.change_unit or ''}".rstrip()
+        table.add_row(
+            quantity.name,
+            _amount(quantity.a, quantity),
+            _amount(quantity.b, quantity),
+            Text(change, "red" if quantity.regressed else ""),
+            "" if quantity.allowed is None else f"{quantity.allowed:g}",
+        )
+    console.print(table)
+    for quantity in comparison.quantities:
+        if quantity.remark is not None:
+            console.print(f"  ! {quantity.name}: {quantity.remark}", style="yellow")
+
+
+def _amount(value: float | None, quantity: Quantity) -> str:
+    if value is None:
+        return "-"
+    units = {
+        "s": lambda: f"{value * 1e3:.2f} ms",
+        "bytes": lambda: f"{value / 1e6:.2f} MB",
+        "%": lambda: f"{value:.2f}",
+        "": lambda: f"{value:.3g}",
+    }
+    return units[quantity.unit]()
+
+
+def print_rejudged(seen: Rejudged, console: Console) -> None:
+    """Every saved error with the other limit, and the verdict it had."""
+    console.print(f"{seen.path}: {marked(seen.verdict)} with the limit {seen.limit:g}; nothing was run", soft_wrap=True)
+    for witness, was in zip(seen.report.witnesses, seen.saved.report.witnesses, strict=True):
+        for output, before in zip(witness.outputs, was.outputs, strict=True):
+            own = "; its limit is in its own unit" if output.widest_limit is None else ""
+            console.print(
+                f"  {output.name} {marked(output.verdict)} (was {marked(before.verdict)}), error / spread "
+                f"{number(output.rel, '.1e')}, by {witness.witness.name} ({witness.witness.kind}){own}",
+                soft_wrap=True,
+            )
+    for rung in seen.report.rungs:
+        console.print(f"  rung {rung.name}: {marked(rung.verdict)}")

@@ -61,3 +61,9 @@ class InconclusiveError(CastlingError):
     """The comparison has too little power to call the artefact right or wrong."""
 
     exit_code = 5
+
+
+class RegressionError(CastlingError):
+    """An artefact is slower, larger or less accurate than the one it is compared with."""
+
+    exit_code = 6

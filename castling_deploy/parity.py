@@ -23,6 +23,7 @@ Array = npt.NDArray[np.floating]
 
 MIN_POWER = 0.95  # share of image pairs that the gate has to tell apart
 DISTANCE_IMAGES = 64  # whose pairwise distances are taken: 2,016 pairs
+EXPORTED = "exported"  # the rung that the witnesses stand on
 CLEARLY_WRONG = 8.0  # times the rounding noise: such an error is no rounding, however badly conditioned the network
 
 
@@ -98,6 +99,14 @@ class Reference:
         blind = (tolerance.limit + self.noise_rel(tolerance)) * self.spread
         return float((self._distances > blind).mean())
 
+    def widest_limit(self, tolerance: Tolerance) -> float:
+        """The limit on rel below which the power is MIN_POWER and more; 0 where it is less with every limit."""
+        if self.spread == 0 or not self._distances.size:
+            return 0.0
+        ordered, pairs = np.sort(self._distances), self._distances.size
+        last = max(index for index in range(pairs) if (pairs - index) / pairs >= MIN_POWER)
+        return max(0.0, float(ordered[last]) / self.spread - self.noise_rel(tolerance))
+
     @cached_property
     def _real(self) -> Array:
         real = self.outputs[: min(self.real, DISTANCE_IMAGES)].astype(np.float64)
@@ -114,7 +123,8 @@ class Reference:
 class OutputParity:
     """The numbers of one output. None where a number has no meaning (no top-1 without classes).
 
-    `spread` and `noise_rel` are those of the reference, `power` that of this comparison.
+    `spread` and `noise_rel` are those of the reference, `power` that of this comparison. With a limit on rel below
+    `widest_limit` it would have power enough; None where the limit is in the output's own unit (pixels, classes).
     """
 
     name: str
@@ -127,6 +137,7 @@ class OutputParity:
     sqnr_db: float | None
     top1_agreement: float | None
     verdict: Verdict
+    widest_limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -179,17 +190,25 @@ class ParityReport:
         )
 
 
-def compare(name: str, actual: Array, reference: Reference, tolerance: Tolerance, power: float) -> OutputParity:
+def compare(
+    name: str,
+    actual: Array,
+    reference: Reference,
+    tolerance: Tolerance,
+    power: float,
+    widest_limit: float | None = None,
+) -> OutputParity:
     """`actual` (P, ...) against the reference. A NaN never passes; a shape that differs never passes.
 
-    `power` is that of the whole comparison: an output that follows from another (probabilities from logits) may tell
-    fewer images apart without harm.
+    `power` and `widest_limit` are those of the whole comparison: an output that follows from another (probabilities
+    from logits) may tell fewer images apart without harm.
     """
     expected = reference.outputs.astype(np.float64)
     actual = np.asarray(actual, np.float64)
     noise = reference.noise_rel(tolerance)
     if actual.shape != expected.shape or not np.isfinite(actual).all():
-        return OutputParity(name, reference.spread, noise, power, None, None, None, None, None, Verdict.FAIL)
+        unknown = (None,) * 5
+        return OutputParity(name, reference.spread, noise, power, *unknown, Verdict.FAIL, widest_limit)
     error = actual - expected
     rel = reference.rel(actual, expected)
     lengths = np.linalg.norm(actual) * np.linalg.norm(expected)
@@ -206,7 +225,8 @@ def compare(name: str, actual: Array, reference: Reference, tolerance: Tolerance
         top1_agreement=(
             top1_agreement(actual, expected, tolerance.limit * reference.spread) if reference.unit is None else None
         ),
-        verdict=judged(rel, reference, tolerance, power),
+        verdict=judged(rel, tolerance.limit, noise, telling=power >= MIN_POWER),
+        widest_limit=widest_limit,
     )
 
 
@@ -215,14 +235,13 @@ def worst(rels: Iterable[float | None]) -> float | None:
     return max((rel for rel in rels if rel is not None), default=None)
 
 
-def judged(rel: float | None, reference: Reference, tolerance: Tolerance, power: float) -> Verdict:
-    """The verdict on an error, given what this comparison can tell."""
-    if rel is None or not len(reference.outputs):
+def judged(rel: float | None, limit: float, noise_rel: float, *, telling: bool) -> Verdict:
+    """The verdict on an error; `telling`, whether this comparison has the power to tell a wrong output."""
+    if rel is None:
         return Verdict.INCONCLUSIVE
-    noise = reference.noise_rel(tolerance)
-    if rel > max(tolerance.limit, CLEARLY_WRONG * noise):
+    if rel > max(limit, CLEARLY_WRONG * noise_rel):
         return Verdict.FAIL
-    if rel > tolerance.limit or power < MIN_POWER:
+    if rel > limit or not telling:
         return Verdict.INCONCLUSIVE
     return Verdict.PASS
 

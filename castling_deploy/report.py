@@ -1,16 +1,17 @@
-"""The JSON document of a deployment, and the exit code of each of its results."""
+"""The JSON documents of a deployment and of a comparison, and the exit code of each result."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from castling_deploy import documents
+from castling_deploy.comparison import Comparison, Side
 from castling_deploy.errors import InconclusiveError, ParityError, TargetUnavailableError
 from castling_deploy.folder import files_in, size_bytes
 from castling_deploy.inspection import parameters
 from castling_deploy.parity import Verdict
 from castling_deploy.pipeline import Deployment, Result
-from castling_deploy.plain import SCHEMA
+from castling_deploy.plain import SCHEMA, plain
 
 
 def deployment_document(deployment: Deployment) -> dict[str, Any]:
@@ -78,3 +79,30 @@ def exit_code(result: Result) -> int:
     if result.parity is not None and result.parity.verdict is Verdict.INCONCLUSIVE:
         return InconclusiveError.exit_code
     return TargetUnavailableError.exit_code if result.missing is not None else 0
+
+
+def comparison_document(comparison: Comparison) -> dict[str, Any]:
+    """What `castling diff --json` prints; what cannot be compared is null, and says why."""
+    regression = comparison.regression
+    return {
+        "schema": SCHEMA,
+        "a": _side_document(comparison.a),
+        "b": _side_document(comparison.b),
+        "differences": [plain(difference) for difference in comparison.differences],
+        "parity_regressed": comparison.parity_regressed,
+        "quantities": [plain(quantity) for quantity in comparison.quantities],
+        "regression": None if regression is None else regression.message,
+        "exit_code": 0 if regression is None else regression.exit_code,
+    }
+
+
+def _side_document(side: Side) -> dict[str, Any]:
+    return {
+        "path": side.folder.path,
+        "model": side.folder.manifest["model"].get("name"),
+        "task": side.folder.task,
+        "target": side.folder.target,
+        "precision": side.folder.precision,
+        "checkpoint_sha256": side.folder.checkpoint_sha256,
+        "verdict": side.verdict,
+    }

@@ -14,6 +14,7 @@ from castling_deploy.execution import inputs_for, repeated, run_artifact
 from castling_deploy.ladder import Ladder
 from castling_deploy.latency import LatencyReport, doubts, host, interleaved
 from castling_deploy.parity import (
+    EXPORTED,
     TOLERANCES,
     Array,
     OutputParity,
@@ -60,7 +61,7 @@ def verify_artifact(
         ladder.score(outputs) if references.keys() <= outputs.keys() else None,
     )
     rel = worst(output.rel for output in report.outputs)
-    exported = Rung("exported", rel, TOLERANCES[precision].limit, report.verdict)
+    exported = Rung(EXPORTED, rel, TOLERANCES[precision].limit, report.verdict)
     return ParityReport(precision, len(inputs), (ladder.cast_rung, ladder.fold_rung, exported), (report,))
 
 
@@ -80,7 +81,9 @@ def compared(
     if missing:
         raise ExportError(f"the artefact lacks the outputs {sorted(missing)}", hint="report this target")
     own = [
-        compare(name, outputs[name], reference, tolerance, reference.power(tolerance))
+        compare(
+            name, outputs[name], reference, tolerance, reference.power(tolerance), reference.widest_limit(tolerance)
+        )
         for name, reference in references.items()
     ]
     added = [name for name in outputs if name not in references]
@@ -102,7 +105,8 @@ def _followed(name: str, values: Array, derived: Derived, source: Reference, tol
     unit = None if derived.limit is None else derived.limit / tolerance.limit
     follows = Reference(derived.expected, source.real, noise=0.0, unit=unit)
     power = source.power(tolerance) if derived.power is None else derived.power
-    return compare(name, values, follows, tolerance, power)
+    widest_limit = source.widest_limit(tolerance) if unit is None else None
+    return compare(name, values, follows, tolerance, power, widest_limit)
 
 
 def measure(target: Target, artifact: Artifact, folder: Path, ladder: Ladder, threads: int = 1) -> LatencyReport:

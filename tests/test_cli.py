@@ -30,7 +30,7 @@ def is_two_lines(run: Run) -> bool:
 
 def test_help_names_every_command_and_exit_code() -> None:
     text = castling("--help").out
-    for word in ("export", "inspect", "doctor", "verify", "bench", "Exit codes"):
+    for word in ("export", "inspect", "doctor", "verify", "bench", "diff", "Exit codes"):
         assert word in text
 
 
@@ -108,6 +108,22 @@ USAGE = {
     "an unknown option": (["export", "--target", "onnx", "--tragt", "x"], "--tragt", "--help"),
     "an unknown command": (["exprot"], "exprot", "--help"),
     "a checkpoint that is not there": (["export", "nowhere.pth", "--target", "onnx"], "no file 'nowhere.pth'", "path"),
+    "a limit that is no number": (
+        ["diff", ".", ".", "--max-drop", "nan"],
+        "'nan' is no number",
+        "castling diff --help",
+    ),
+    "a limit for numbers that are not saved": (["verify", "x", "--rel", "1e-3"], "run nothing", "leave out"),
+    "saved numbers and a checkpoint": (
+        ["verify", "--from", "parity.json", "--rel", "1e-3", "--checkpoint", "best.pth"],
+        "run nothing",
+        "leave out the folder and --checkpoint",
+    ),
+    "saved numbers without a limit": (["verify", "--from", "parity.json"], "go together", "--rel 1e-3"),
+    "a limit of zero": (["verify", "--from", "parity.json", "--rel", "0"], "--rel", "castling verify --help"),
+    "saved numbers that are not there": (["verify", "--from", "none.json", "--rel", "1"], "none.json", "export"),
+    "verifying nothing": (["verify"], "no artefact folder", "castling verify DIR"),
+    "a comparison with nothing": (["diff", ".", "."], "is no artefact folder", "castling export"),
     "a folder that is no artefact": (["verify", "."], "is no artefact folder", "castling export"),
     "calibration that nothing uses": (
         ["export", "--target", "onnx", "--calib-data", "x"],
@@ -337,7 +353,8 @@ def test_verify_does_not_pass_what_failed_at_its_export(tmp_path: Path, checkpoi
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "parity": "fail"}))
     run = castling("verify", folder, "--json")
-    assert run.code == 3 and "at its export" in run.err and "error: " in run.err
+    assert run.code == 3 and "at its export" in run.err and is_two_lines(run)
+    assert run.document["verdict"] == "fail", "one document, in a failure too"
 
 
 def test_verify_and_export_print_the_same_shapes(tmp_path: Path, checkpoint_file: Files) -> None:

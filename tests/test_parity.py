@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from castling_deploy.parity import (
+    MIN_POWER,
     TOLERANCES,
     Array,
     OutputParity,
@@ -44,6 +45,17 @@ def test_equal_outputs_pass_with_full_power() -> None:
     assert (parity.verdict, parity.max_abs, parity.rel, parity.top1_agreement) == (Verdict.PASS, 0, 0, 1)
     assert parity.sqnr_db is None, "an infinite ratio is not a number that JSON knows"
     assert expected.power(FP32) == 1
+
+
+@pytest.mark.parametrize("count", [2, 3, 12, 21, 41])
+def test_below_the_widest_limit_the_comparison_has_power_enough_and_not_beyond(count: int) -> None:
+    for noise in (0.0, 1e-3):
+        expected = reference(noise=noise, count=count)
+        widest = expected.widest_limit(FP32)
+        assert widest > 0
+        assert expected.power(Tolerance(widest * 0.999, FP32.epsilon)) >= MIN_POWER
+        assert expected.power(Tolerance(widest * 1.001, FP32.epsilon)) < MIN_POWER
+    assert reference(scale=0).widest_limit(FP32) == 0 and reference(count=1).widest_limit(FP32) == 0
 
 
 @pytest.mark.parametrize(("rel", "verdict"), [(0.5e-4, Verdict.PASS), (1.5e-4, Verdict.FAIL)])

@@ -1,0 +1,123 @@
+"""Reading back what `documents` wrote beside an artefact: its parity and its latency. Nothing is executed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from castling_deploy.errors import UsageError
+from castling_deploy.parity import OutputParity, ParityReport, Rung, Verdict, WitnessReport
+from castling_deploy.target import Precision, Witness, WitnessKind
+
+PARITY = "parity.json"
+LATENCY = "latency.json"
+
+
+@dataclass(frozen=True)
+class SavedParity:
+    """A parity.json: the report, the score it tells of the artefact (percent, None where unknown), and the JSON itself.
+
+    `metric` names the score.
+    """
+
+    report: ParityReport
+    metric: str
+    score: float | None
+    document: Mapping[str, Any]
+
+    @property
+    def verdict(self) -> Verdict:
+        """What is written as the verdict, or what follows from the rungs and witnesses where that is worse."""
+        return Verdict.worst([Verdict(self.document["verdict"]), self.report.verdict])
+
+
+@dataclass(frozen=True)
+class SavedLatency:
+    """A latency.json, without its raw times: seconds, and the circumstances under which they can be compared."""
+
+    median_s: float
+    p95_s: float
+    threads: int
+    batch: int
+    host: Mapping[str, str]
+
+
+def read_parity(path: Path) -> SavedParity:
+    """The parity.json at `path`. Raises UsageError when it cannot be read or is none."""
+    document = _read(path)
+    try:
+        report = ParityReport(
+            Precision(document["precision"]),
+            int(document["probes"]),
+            tuple(
+                Rung(str(rung["name"]), _number(rung["rel"]), _number(rung["limit"]), Verdict(rung["verdict"]))
+                for rung in document["rungs"]
+            ),
+            tuple(
+                WitnessReport(
+                    Witness(str(seen["name"]), WitnessKind(seen["kind"])),
+                    tuple(_output(output) for output in seen["outputs"]),
+                    _number(seen["accuracy"]),
+                )
+                for seen in document["witnesses"]
+            ),
+        )
+        Verdict(document["verdict"])
+        accuracy = document["accuracy"]
+        return SavedParity(report, str(accuracy["metric"]), _number(accuracy["artifact"]), document)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(path, error) from None
+
+
+def read_latency(path: Path) -> SavedLatency | None:
+    """The latency.json at `path`, None where nothing was measured. Raises UsageError when it cannot be read."""
+    if not path.exists():
+        return None
+    document = _read(path)
+    try:
+        median, p95 = (_number(document["artifact"][name]) for name in ("median_s", "p95_s"))
+        if median is None or p95 is None or median <= 0:
+            raise ValueError("a time is not a positive number")
+        return SavedLatency(median, p95, int(document["threads"]), int(document["batch"]), dict(document["host"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from None
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"'{path}' cannot be read: {error}",
+            hint=f"name what `castling export` wrote ({path.name}), or export again",
+        ) from None
+
+
+def _output(item: Mapping[str, Any]) -> OutputParity:
+    """One output; a number that this version knows and the file does not is None."""
+    numbers = {
+        field.name: _number(item.get(field.name))
+        for field in fields(OutputParity)
+        if field.name not in ("name", "verdict")
+    }
+    for name in ("spread", "noise_rel", "power"):
+        if numbers[name] is None:
+            raise ValueError(f"an output has no '{name}'")
+    made: Any = {"name": str(item["name"]), **numbers, "verdict": Verdict(item["verdict"])}
+    return OutputParity(**made)
+
+
+def _number(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no number")
+    return float(value)
+
+
+def _damaged(path: Path, error: Exception) -> UsageError:
+    return UsageError(f"'{path}' is damaged: {type(error).__name__}: {error}", hint="export the artefact again")
