@@ -82,11 +82,12 @@ class Reference:
         the spread, or its median distance to the real images' outputs where that is larger. None without a spread."""
         if self.spread == 0 or not len(expected):
             return None
-        flat = expected.reshape(len(expected), -1).astype(np.float64)
-        distances = [[np.abs(one - other).max(initial=0) for other in self._real] for one in flat]  # (n, real)
-        scales = np.maximum(self.spread, np.median(distances, axis=1) if self.unit is None else 0.0)
-        error = np.abs(actual.reshape(flat.shape).astype(np.float64) - flat).max(axis=1, initial=0)
-        return float((error / scales).max())
+        rels = []
+        for one, other in zip(actual, expected, strict=True):
+            said = other.astype(np.float64).ravel()
+            apart = 0.0 if self.unit is not None else np.median([distance(said, image) for image in self._real])
+            rels.append(distance(one.astype(np.float64).ravel(), said) / max(self.spread, apart))
+        return float(max(rels))
 
     def noise_rel(self, tolerance: Tolerance) -> float:
         """The rel that arithmetic of this precision is expected to make."""
@@ -109,14 +110,13 @@ class Reference:
 
     @cached_property
     def _real(self) -> Array:
-        real = self.outputs[: min(self.real, DISTANCE_IMAGES)].astype(np.float64)
+        real = self.outputs[: min(self.real, DISTANCE_IMAGES)]
         return real.reshape(len(real), int(np.prod(real.shape[1:])))
 
     @cached_property
     def _distances(self) -> Array:
-        first, second = np.triu_indices(len(self._real), k=1)
-        pairs = zip(self._real[first], self._real[second], strict=True)
-        return np.array([np.abs(one - other).max(initial=0) for one, other in pairs])
+        pairs = ((one, other) for index, one in enumerate(self._real) for other in self._real[index + 1 :])
+        return np.array([distance(one.astype(np.float64), other) for one, other in pairs])
 
 
 @dataclass(frozen=True)
@@ -203,31 +203,42 @@ def compare(
     `power` and `widest_limit` are those of the whole comparison: an output that follows from another (probabilities
     from logits) may tell fewer images apart without harm.
     """
-    expected = reference.outputs.astype(np.float64)
-    actual = np.asarray(actual, np.float64)
+    expected, actual = reference.outputs, np.asarray(actual)
     noise = reference.noise_rel(tolerance)
     if actual.shape != expected.shape or not np.isfinite(actual).all():
         unknown = (None,) * 5
         return OutputParity(name, reference.spread, noise, power, *unknown, Verdict.FAIL, widest_limit)
-    error = actual - expected
     rel = reference.rel(actual, expected)
-    lengths = np.linalg.norm(actual) * np.linalg.norm(expected)
-    noise_power = float((error**2).sum())
+    largest, noise_power, signal_power, own_power, product = 0.0, 0.0, 0.0, 0.0, 0.0
+    for one, other in zip(actual, expected):  # image by image: a segmenter's outputs fill the memory otherwise
+        said, wanted = one.astype(np.float64).ravel(), other.astype(np.float64).ravel()
+        error = said - wanted
+        largest = max(largest, float(np.abs(error).max(initial=0)))
+        noise_power += float(error @ error)
+        signal_power += float(wanted @ wanted)
+        own_power += float(said @ said)
+        product += float(said @ wanted)
+    lengths = (own_power * signal_power) ** 0.5
     return OutputParity(
         name,
         reference.spread,
         noise,
         power,
-        float(np.abs(error).max(initial=0)),
+        largest,
         rel,
-        cosine=float((actual * expected).sum() / lengths) if lengths else None,
-        sqnr_db=float(10 * np.log10((expected**2).sum() / noise_power)) if noise_power else None,
+        cosine=product / lengths if lengths else None,
+        sqnr_db=float(10 * np.log10(signal_power / noise_power)) if noise_power and signal_power else None,
         top1_agreement=(
             top1_agreement(actual, expected, tolerance.limit * reference.spread) if reference.unit is None else None
         ),
         verdict=judged(rel, tolerance.limit, noise, telling=power >= MIN_POWER),
         widest_limit=widest_limit,
     )
+
+
+def distance(one: Array, other: Array) -> float:
+    """The largest difference between two outputs of the same shape, one of them float64."""
+    return float(np.abs(one - other).max(initial=0))
 
 
 def worst(rels: Iterable[float | None]) -> float | None:
