@@ -206,63 +206,59 @@ def _dry_run(request: Any, steps: tuple[Any, ...], as_json: bool) -> int:
 
 
 @castling.command(context_settings=CONTEXT)
-@click.argument("path", metavar="DIR", required=False, type=click.Path(path_type=Path))
+@click.argument("paths", metavar="[DIR]...", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Compare with this checkpoint again.")
+@click.option("--junit", type=click.Path(path_type=Path), help="Write the checks into this file as JUnit XML.")
+@click.option("--sarif", type=click.Path(path_type=Path), help="Write what did not pass into this file as SARIF.")
 @click.option("--from", "saved", type=click.Path(path_type=Path), help="A parity.json: judge its numbers, run nothing.")
 @click.option("--rel", type=Amount(0, min_open=True), help="With --from: the limit on error / spread, such as 1e-3.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-def verify(path: Path | None, checkpoint: Path | None, saved: Path | None, rel: float | None, as_json: bool) -> int:
-    """Check an artefact folder: its files, its golden outputs, and its parity with a checkpoint."""
+def verify(
+    paths: tuple[Path, ...],
+    checkpoint: Path | None,
+    junit: Path | None,
+    sarif: Path | None,
+    saved: Path | None,
+    rel: float | None,
+    as_json: bool,
+) -> int:
+    """Check artefact folders: their files, their golden outputs, and their parity with a checkpoint.
+
+    All are checked; the gravest exit code counts. On GitHub Actions the outcome is added to the job's summary.
+    """
     if saved is not None or rel is not None:
-        if path is not None or checkpoint is not None:
+        if paths or checkpoint or junit or sarif:
             raise UsageError(
                 "--from and --rel judge saved numbers and run nothing",
-                hint="leave out the folder and --checkpoint, or leave out --from and --rel",
+                hint="leave out folders, --checkpoint, --junit and --sarif, or leave out --from and --rel",
             )
         if saved is None or rel is None:
             raise UsageError("--from and --rel go together", hint="castling verify --from DIR/parity.json --rel 1e-3")
         return _judge_again(saved, rel, as_json)
-    if path is None:
+    if not paths:
         raise UsageError("no artefact folder is named", hint="castling verify DIR")
-    from castling_deploy import documents
-    from castling_deploy.console import marked, number
-    from castling_deploy.parity import Verdict
-    from castling_deploy.recheck import verify as recheck
+    from castling_deploy.checks import examine
+    from castling_deploy.ci_reports import refuse_inside, write_reports
+    from castling_deploy.console import print_examined
+    from castling_deploy.report import verification_document
     from castling_deploy.terminal import StderrProgress
 
+    refuse_inside([path for path in (junit, sarif) if path is not None], paths)
     progress = StderrProgress()
-    seen = recheck(path, checkpoint, progress)
-    reports = [("golden images", seen.golden)]
-    if seen.parity is not None:
-        reports += [(f"{seen.parity.probes} images", report) for report in seen.parity.witnesses]
-    for title, report in reports:
-        for output in report.outputs:
-            progress.console.print(
-                f"{title}: {output.name} {marked(output.verdict)}, error / spread "
-                f"{number(output.rel, '.1e')}, by {report.witness.name} ({report.witness.kind})"
-            )
+    examined = []
+    for path in paths:
+        if len(paths) > 1:
+            progress.console.print(f"castling verify {path}", soft_wrap=True)
+        examined.append(examine(path, checkpoint, progress))
+        print_examined(examined[-1], progress.console)
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    write_reports(examined, junit, sarif, Path(summary) if summary else None)
+    if len(examined) == 1 and examined[0].error is not None:
+        raise examined[0].error
     if as_json:
-        _print_json(
-            {
-                "schema": SCHEMA,
-                "path": str(path),
-                "verdict": seen.verdict,
-                "exported": seen.folder.verdict,
-                "golden": documents.witness_document(seen.golden),
-                "parity": documents.parity_document(seen.parity, seen.ladder) if seen.parity and seen.ladder else None,
-            }
-        )
-    if seen.parity is None and seen.folder.verdict is not Verdict.PASS:
-        progress.console.print(f"at its export, the verdict was {marked(seen.folder.verdict)}")
-    if seen.verdict is Verdict.FAIL:
-        return _concluded(
-            ParityError(f"'{path}' does not compute what it has to", hint="do not ship it; export it again")
-        )
-    if seen.verdict is Verdict.INCONCLUSIVE:
-        return _concluded(
-            InconclusiveError(f"the comparison of '{path}' has too little power", hint="see its parity.json")
-        )
-    return 0
+        _print_json(verification_document(examined))
+    codes = {_concluded(seen.conclusion) for seen in examined}
+    return next(code for code in GRAVEST if code in codes)
 
 
 def _judge_again(saved: Path, rel: float, as_json: bool) -> int:

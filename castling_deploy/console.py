@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from castling_deploy.checks import Examined
 from castling_deploy.comparison import Comparison, Quantity
 from castling_deploy.doctor import Health
 from castling_deploy.inspection import Inspection
@@ -178,6 +179,16 @@ def print_health(health: Health, console: Console) -> None:
         for missing in (target.missing, target.unfinished):
             if missing is not None:
                 console.print(f"  {target.target}: {missing.reason}\n    {missing.fix}", soft_wrap=True)
+
+
+def print_examined(seen: Examined, console: Console) -> None:
+    """Every output that was run, with its error; of what the export found, only what did not pass."""
+    for check in seen.checks:
+        if check.group == "at its export" and (check.verdict is Verdict.PASS or not check.decisive):
+            continue
+        if check.group != "files":
+            error = "" if check.rel is None else f", error / spread {check.rel:.1e}"
+            console.print(Text.assemble(f"{check.group}: {check.name}: ", marked(check.verdict), error), soft_wrap=True)
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:

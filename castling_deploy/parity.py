@@ -165,10 +165,15 @@ class Rung:
     limit: float | None
     verdict: Verdict
 
+    @property
+    def decisive(self) -> bool:
+        """A rung without a limit (the cast) decides only where it failed its task."""
+        return self.limit is not None or self.verdict is Verdict.FAIL
+
 
 @dataclass(frozen=True)
 class ParityReport:
-    """Every rung and every witness. A rung without a limit (the cast) decides only where it failed its task."""
+    """Every rung and every witness."""
 
     precision: Precision
     probes: int
@@ -182,7 +187,7 @@ class ParityReport:
 
     @property
     def verdict(self) -> Verdict:
-        decisive = [rung.verdict for rung in self.rungs if rung.limit is not None or rung.verdict is Verdict.FAIL]
+        decisive = [rung.verdict for rung in self.rungs if rung.decisive]
         return Verdict.worst(
             [*decisive, *(report.verdict for report in self.witnesses)]
             if self.witnesses

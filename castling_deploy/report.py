@@ -1,10 +1,12 @@
-"""The JSON documents of a deployment and of a comparison, and the exit code of each result."""
+"""The JSON documents of the commands, and the exit code of each result of a deployment."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from castling_deploy import documents
+from castling_deploy.checks import Examined
 from castling_deploy.comparison import Comparison, Side
 from castling_deploy.errors import InconclusiveError, ParityError, TargetUnavailableError
 from castling_deploy.folder import files_in, size_bytes
@@ -105,4 +107,27 @@ def _side_document(side: Side) -> dict[str, Any]:
         "precision": side.folder.precision,
         "checkpoint_sha256": side.folder.checkpoint_sha256,
         "verdict": side.verdict,
+    }
+
+
+def verification_document(examined: Sequence[Examined]) -> dict[str, Any]:
+    """What `castling verify --json` prints: one folder's document, or those of several as `artifacts`."""
+    found = [_examined_document(seen) for seen in examined]
+    return {"schema": SCHEMA, **found[0]} if len(found) == 1 else {"schema": SCHEMA, "artifacts": found}
+
+
+def _examined_document(seen: Examined) -> dict[str, Any]:
+    recheck, error = seen.recheck, seen.error
+    parity = None
+    if recheck is not None and recheck.parity is not None and recheck.ladder is not None:
+        parity = documents.parity_document(recheck.parity, recheck.ladder)
+    return {
+        "path": seen.path,
+        "verdict": seen.verdict,
+        "exported": None if recheck is None else recheck.folder.verdict,
+        "golden": None if recheck is None else documents.witness_document(recheck.golden),
+        "parity": parity,
+        "checks": [plain(check) for check in seen.checks],
+        "exit_code": seen.exit_code,
+        "error": None if error is None else {"message": error.message, "hint": error.hint},
     }

@@ -1,0 +1,103 @@
+"""Artefact folders as lists of checks: each with a verdict of its own, for people, CI reports and the exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from castling_deploy.errors import CastlingError, InconclusiveError, ParityError
+from castling_deploy.parity import TOLERANCES, ParityReport, Verdict, WitnessReport
+from castling_deploy.progress import Progress
+from castling_deploy.recheck import Recheck, verify
+from castling_deploy.saved import PARITY, read_parity
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question asked of an artefact. `rel` and `limit` are null where no number decides.
+
+    One that is not `decisive` is told and decides nothing (the cast is an approximation). `group` says what was asked.
+    """
+
+    group: str
+    name: str
+    verdict: Verdict
+    decisive: bool = True
+    rel: float | None = None
+    limit: float | None = None
+
+    @property
+    def told(self) -> str:
+        """The numbers in words."""
+        if self.rel is None:
+            return str(self.verdict)
+        limit = "" if self.limit is None else f", limit {self.limit:.0e}"
+        return f"{self.verdict}: error / spread {self.rel:.1e}{limit}"
+
+
+@dataclass(frozen=True)
+class Examined:
+    """An artefact folder and every check of it, or the error that kept it from being checked."""
+
+    path: Path
+    checks: tuple[Check, ...] = ()
+    recheck: Recheck | None = None
+    error: CastlingError | None = None
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """That of the gravest check; None where nothing could be checked."""
+        return None if self.error else Verdict.worst([check.verdict for check in self.checks if check.decisive])
+
+    @property
+    def conclusion(self) -> CastlingError | None:
+        """What a failed check comes to; None when all is well."""
+        if self.error is not None:
+            return self.error
+        if self.verdict is Verdict.FAIL:
+            return ParityError(f"'{self.path}' does not compute what it has to", hint="do not ship it; export it again")
+        if self.verdict is Verdict.INCONCLUSIVE:
+            return InconclusiveError(
+                f"the comparison of '{self.path}' has too little power", hint="see its parity.json"
+            )
+        return None
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.conclusion is None else self.conclusion.exit_code
+
+
+def examine(path: Path, checkpoint: Path | None, progress: Progress) -> Examined:
+    """Every check of one folder. What goes wrong with it is in the result, so that it costs no other folder its own."""
+    try:
+        recheck = verify(path, checkpoint, progress)
+        return Examined(path, tuple(_checks(recheck)), recheck)
+    except CastlingError as error:
+        return Examined(path, error=error)
+
+
+def _checks(seen: Recheck) -> Iterator[Check]:
+    """Without a new comparison with the checkpoint, what the export found counts beside the golden images."""
+    limit = TOLERANCES[seen.folder.precision].limit
+    yield Check("files", "as they were exported", Verdict.PASS)
+    yield from _outputs("golden images", seen.golden, limit)
+    if seen.parity is not None:
+        yield from _report(f"{seen.parity.probes} images", seen.parity, limit)
+        return
+    yield Check("at its export", "verdict", seen.folder.verdict)
+    saved = read_parity(seen.folder.path / PARITY)
+    yield from _report("at its export", saved.report, limit)
+
+
+def _report(group: str, report: ParityReport, limit: float) -> Iterator[Check]:
+    for rung in report.rungs:
+        yield Check(group, f"rung {rung.name}", rung.verdict, rung.decisive, rung.rel, rung.limit)
+    for seen in report.witnesses:
+        yield from _outputs(group, seen, limit)
+
+
+def _outputs(group: str, seen: WitnessReport, limit: float) -> Iterator[Check]:
+    by = f"by {seen.witness.name} ({seen.witness.kind})"
+    for output in seen.outputs:
+        yield Check(group, f"{output.name}, {by}", output.verdict, True, output.rel, limit)
