@@ -41,7 +41,7 @@ def number(value: float | None, form: str) -> str:
 def print_deployment(deployment: Deployment, console: Console) -> None:
     """The closing table, what is doubtful, and what to do next."""
     ladder, card = deployment.ladder, deployment.card
-    before, after = ladder.score(ladder.trained_outputs), ladder.score(ladder.outputs)
+    before, after = ladder.trained_score, ladder.reference_score
     console.print(
         f"\n{card.name}: {len(ladder.layers)} auxiliary branches cast away, "
         f"{len(ladder.steps)} folds (exact to {number(ladder.fold_rung.rel, '.0e')} in float64)"

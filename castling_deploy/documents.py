@@ -53,8 +53,8 @@ def cast_document(ladder: Ladder) -> dict[str, Any]:
     return {
         "rel": ladder.cast_rung.rel,
         "verdict": ladder.cast_rung.verdict,
-        "accuracy_trained": ladder.score(ladder.trained_outputs),
-        "accuracy_cast": ladder.score(ladder.outputs),
+        "accuracy_trained": ladder.trained_score,
+        "accuracy_cast": ladder.reference_score,
         "layers": layers_document(ladder.layers),
     }
 
@@ -83,8 +83,8 @@ def parity_document(report: ParityReport, ladder: Ladder) -> dict[str, Any]:
         "probes": report.probes,
         "accuracy": {
             "metric": ladder.task.metric,
-            "trained": ladder.score(ladder.trained_outputs),
-            "reference": ladder.score(ladder.outputs),
+            "trained": ladder.trained_score,
+            "reference": ladder.reference_score,
             "artifact": report.witnesses[0].score if report.witnesses else None,
         },
         "rungs": [plain(rung) for rung in report.rungs],

@@ -59,10 +59,20 @@ class Ladder:
             reference.rel(self.trained_outputs[name], reference.outputs) for name, reference in self.references.items()
         )
         verdict = Verdict.PASS if rel == 0 else Verdict.INCONCLUSIVE
-        before, after = self.score(self.trained_outputs), self.score(self.outputs)
+        before, after = self.trained_score, self.reference_score
         if before is not None and after is not None:
             verdict = Verdict.PASS if before - after <= CAST_MAX_DROP else Verdict.FAIL
         return Rung("cast", rel, None, verdict)
+
+    @cached_property
+    def trained_score(self) -> float | None:
+        """`score` of the network as trained."""
+        return self.score(self.trained_outputs)
+
+    @cached_property
+    def reference_score(self) -> float | None:
+        """`score` of the cast network."""
+        return self.score(self.outputs)
 
     def score(self, outputs: Outputs) -> float | None:
         """The task's metric in percent on the images whose truth is known; None without any."""

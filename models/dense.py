@@ -69,7 +69,7 @@ class Head(Protocol):
 
 @dataclass(frozen=True)
 class DenseConfig:
-    """Hyper-parameters of a backbone and a head; `title` is for messages."""
+    """Hyper-parameters of a backbone and a head."""
 
     backbone: Any
     head: Head
