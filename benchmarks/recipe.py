@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from castling_deploy.castle import measure_cast
 from castling_deploy.preprocessing import Preprocessing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +39,29 @@ def set_thresholds(model: nn.Module, value: float | None) -> None:
     for module in model.modules():
         if hasattr(module, "aux_threshold"):
             module.aux_threshold = value
+
+
+def descend(
+    model: nn.Module,
+    loss: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> None:
+    """One step down the loss, gradients clipped to a norm of 1."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+
+
+def cast_columns(model: nn.Module, images: torch.Tensor) -> dict[str, float]:
+    """What the log says of the auxiliary branches on held-out images."""
+    layers = [layer.evidence for layer in measure_cast(model, images)]
+    return {
+        "mask_density": round(sum(layer.mask_density for layer in layers) / len(layers), 4),
+        "contribution_max": round(max(layer.contribution_max for layer in layers), 4),
+    }
 
 
 def save(

@@ -21,11 +21,11 @@ import time
 
 import numpy as np
 import torch
-from recipe import BUNDLED, CAST_SHARE, digits, save, set_thresholds
+from recipe import BUNDLED, CAST_SHARE, cast_columns, descend, digits, save, set_thresholds
 from torch import nn
 from torch.nn import functional as F
 
-from castling_deploy.castle import castle, measure_cast
+from castling_deploy.castle import castle
 from castling_deploy.models.deit import CastlingDeiT
 from castling_deploy.models.deit_config import DeiTConfig
 from castling_deploy.models.levit import CastlingLeViT
@@ -96,22 +96,16 @@ def main() -> None:
             set_thresholds(model, None if torch.rand(()) < CAST_SHARE else config.aux_threshold)
             logits = model(augmented(base[index], preprocessing))
             loss = sum(F.cross_entropy(head, labels[index], label_smoothing=0.05) for head in logits) / len(logits)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+            descend(model, loss, optimizer, schedule)
             total += loss.item()
         model.eval()
         set_thresholds(model, config.aux_threshold)
-        layers = [layer.evidence for layer in measure_cast(model, held_out)]
         row = {
             "epoch": epoch,
             "loss": round(total / (len(base) // 96), 4),
             "top1_trained": round(accuracy(model, held_out, held_out_labels), 2),
             "top1_cast": round(accuracy(castle(model), held_out, held_out_labels), 2),
-            "mask_density": round(sum(layer.mask_density for layer in layers) / len(layers), 4),
-            "contribution_max": round(max(layer.contribution_max for layer in layers), 4),
+            **cast_columns(model, held_out),
             "seconds": round(time.perf_counter() - started, 1),
         }
         log.append(row)

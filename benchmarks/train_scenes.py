@@ -21,11 +21,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from recipe import CAST_SHARE, digits, save, set_thresholds
+from recipe import CAST_SHARE, cast_columns, descend, digits, save, set_thresholds
 from torch import nn
 from torch.nn import functional as F
 
-from castling_deploy.castle import castle, measure_cast
+from castling_deploy.castle import castle
 from castling_deploy.ladder import run
 from castling_deploy.models.dense import DenseConfig
 from castling_deploy.models.detector import PicoDetHead, levit_detector
@@ -187,15 +187,10 @@ def main() -> None:
             image = torch.from_numpy(preprocessing.normalised(np.stack([scene.image for scene in truth])))
             set_thresholds(model, None if torch.rand(()) < CAST_SHARE else config.aux_threshold)
             loss = loss_of(model, image, truth)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+            descend(model, loss, optimizer, schedule)
             total += loss.item()
         model.eval()
         set_thresholds(model, config.aux_threshold)
-        layers = [layer.evidence for layer in measure_cast(model, torch.from_numpy(tensors))]
         row = {
             "epoch": epoch,
             "loss": round(total / STEPS, 4),
@@ -203,8 +198,7 @@ def main() -> None:
             "score_cast": round(
                 task.score(run(castle(model), names, tensors), held_out.truth, config.image_size) or 0, 2
             ),
-            "mask_density": round(sum(layer.mask_density for layer in layers) / len(layers), 4),
-            "contribution_max": round(max(layer.contribution_max for layer in layers), 4),
+            **cast_columns(model, torch.from_numpy(tensors)),
             "seconds": round(time.perf_counter() - started, 1),
         }
         log.append(row)
