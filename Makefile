@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV ?= .venv
 TARGET ?= coreml
-EXTRAS ?= coreml,executorch,tensorrt-rtx,dev
+EXTRAS ?= coreml,coreai,executorch,tensorrt-rtx,openvino,qnn,dev
 OUTPUT ?= castling-out
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 

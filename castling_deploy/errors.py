@@ -67,3 +67,7 @@ class RegressionError(CastlingError):
     """An artefact is slower, larger or less accurate than the one it is compared with."""
 
     exit_code = 6
+
+
+class SetupError(TargetUnavailableError):
+    """What a runner needs could not be fetched or built; nothing half-done was left behind."""

@@ -45,6 +45,7 @@ class WitnessKind(StrEnum):
     SIMULATED = "simulated"  # the vendor's own simulator of the device
     EMULATED = "emulated"  # the device's instruction set under emulation
     REFERENCE = "reference"  # an evaluator of the artefact's own program and weights, not the vendor's runtime
+    BUILDER = "builder"  # the vendor's compiler took it; nothing was run
 
 
 @dataclass(frozen=True)

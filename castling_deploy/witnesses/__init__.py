@@ -1,0 +1,1 @@
+"""One file per runner of artefacts: see `castling_deploy.runner`."""
