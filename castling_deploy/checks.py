@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from castling_deploy.errors import CastlingError, InconclusiveError, ParityError
+from castling_deploy.isolation import Limits
 from castling_deploy.parity import TOLERANCES, ParityReport, Verdict, WitnessReport
 from castling_deploy.progress import Progress
 from castling_deploy.recheck import Recheck, verify
 from castling_deploy.saved import PARITY, read_parity
+from castling_deploy.target import WitnessKind
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,13 @@ class Check:
     decisive: bool = True
     rel: float | None = None
     limit: float | None = None
+    said: str | None = None
 
     @property
     def told(self) -> str:
-        """The numbers in words."""
+        """The numbers in words, or what was `said` where there are none."""
         if self.rel is None:
-            return str(self.verdict)
+            return str(self.verdict) if self.said is None else f"{self.verdict}: {self.said}"
         limit = "" if self.limit is None else f", limit {self.limit:.0e}"
         return f"{self.verdict}: error / spread {self.rel:.1e}{limit}"
 
@@ -68,10 +71,17 @@ class Examined:
         return 0 if self.conclusion is None else self.conclusion.exit_code
 
 
-def examine(path: Path, checkpoint: Path | None, progress: Progress) -> Examined:
+def examine(
+    path: Path,
+    checkpoint: Path | None,
+    progress: Progress,
+    *,
+    on: Sequence[str] = (),
+    limits: Limits | None = None,
+) -> Examined:
     """Every check of one folder. What goes wrong with it is in the result, so that it costs no other folder its own."""
     try:
-        recheck = verify(path, checkpoint, progress)
+        recheck = verify(path, checkpoint, progress, on=on, limits=limits)
         return Examined(path, tuple(_checks(recheck)), recheck)
     except CastlingError as error:
         return Examined(path, error=error)
@@ -81,7 +91,8 @@ def _checks(seen: Recheck) -> Iterator[Check]:
     """Without a new comparison with the checkpoint, what the export found counts beside the golden images."""
     limit = TOLERANCES[seen.folder.precision].limit
     yield Check("files", "as they were exported", Verdict.PASS)
-    yield from _outputs("golden images", seen.golden, limit)
+    for report in seen.golden:
+        yield from _outputs("golden images", report, limit)
     if seen.parity is not None:
         yield from _report(f"{seen.parity.probes} images", seen.parity, limit)
         return
@@ -99,5 +110,9 @@ def _report(group: str, report: ParityReport, limit: float) -> Iterator[Check]:
 
 def _outputs(group: str, seen: WitnessReport, limit: float) -> Iterator[Check]:
     by = f"by {seen.witness.name} ({seen.witness.kind})"
+    if seen.failure is not None:
+        yield Check(group, f"run {by}", seen.verdict, said=seen.failure.message)
+    elif seen.witness.kind is WitnessKind.BUILDER:
+        yield Check(group, f"taken {by}", seen.verdict)
     for output in seen.outputs:
-        yield Check(group, f"{output.name}, {by}", output.verdict, True, output.rel, limit)
+        yield Check(group, f"{output.name}, {by}", output.verdict, True, output.rel, seen.limit or limit)

@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from castling_deploy.checks import Examined
 from castling_deploy.comparison import Comparison, Quantity
 from castling_deploy.doctor import Health
 from castling_deploy.inspection import Inspection
@@ -24,6 +23,7 @@ MEANING = {
     WitnessKind.SIMULATED: "the vendor's simulator",
     WitnessKind.EMULATED: "the device's instructions, emulated",
     WitnessKind.REFERENCE: "the artefact's own program and weights, not the vendor's runtime",
+    WitnessKind.BUILDER: "the vendor's compiler took it; nothing was run",
 }
 STYLES = {Verdict.PASS: "green", Verdict.FAIL: "red", Verdict.INCONCLUSIVE: "yellow"}
 
@@ -179,16 +179,21 @@ def print_health(health: Health, console: Console) -> None:
         for missing in (target.missing, target.unfinished):
             if missing is not None:
                 console.print(f"  {target.target}: {missing.reason}\n    {missing.fix}", soft_wrap=True)
-
-
-def print_examined(seen: Examined, console: Console) -> None:
-    """Every output that was run, with its error; of what the export found, only what did not pass."""
-    for check in seen.checks:
-        if check.group == "at its export" and (check.verdict is Verdict.PASS or not check.decisive):
-            continue
-        if check.group != "files":
-            error = "" if check.rel is None else f", error / spread {check.rel:.1e}"
-            console.print(Text.assemble(f"{check.group}: {check.name}: ", marked(check.verdict), error), soft_wrap=True)
+    table = Table(show_edge=False, pad_edge=False)
+    for column in ("verify --on", "runs", "here", "its word"):
+        table.add_column(column)
+    for runner in health.runners:
+        table.add_row(
+            runner.name,
+            ", ".join(runner.targets),
+            Text("yes", "green") if runner.missing is None else Text("no", "yellow"),
+            f"{runner.witness.name} ({runner.witness.kind})" if runner.missing is None else "-",
+        )
+    console.print()
+    console.print(table)
+    for runner in health.runners:
+        if runner.missing is not None:
+            console.print(f"  {runner.name}: {runner.missing.reason}\n    {runner.missing.fix}", soft_wrap=True)
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:

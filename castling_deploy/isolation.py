@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from castling_deploy.errors import CastlingError, CrashError
 from castling_deploy.progress import Advance
@@ -153,6 +153,18 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Call(Protocol):
+    """`Worker.call`, or `here`: how a job is run."""
+
+    def __call__(self, subject: str, function: Callable[..., T], *arguments: Any, advance: Advance | None = None) -> T:
+        """See `Worker.call`."""
+
+
+def here(subject: str, function: Callable[..., T], *arguments: Any, advance: Advance | None = None) -> T:
+    """The job in this process, without limits: a crash is the caller's own."""
+    return function(*arguments, advance=advance) if advance is not None else function(*arguments)
 
 
 def isolated(

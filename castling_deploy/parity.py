@@ -17,7 +17,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from castling_deploy.target import Precision, Witness
+from castling_deploy.target import Precision, Witness, WitnessKind
 
 Array = npt.NDArray[np.floating]
 
@@ -141,15 +141,39 @@ class OutputParity:
 
 
 @dataclass(frozen=True)
+class Failure:
+    """Why a witness has no numbers: it crashed, raised an error, or went over its limits of time or memory."""
+
+    how: str
+    message: str
+
+    @property
+    def verdict(self) -> Verdict:
+        """What does not run there is a failure; what was not waited for is open."""
+        return Verdict.INCONCLUSIVE if self.how in ("timeout", "memory") else Verdict.FAIL
+
+
+@dataclass(frozen=True)
 class WitnessReport:
-    """What one witness computed, output by output, and the task's score of it where labels are known."""
+    """What one witness computed, output by output, and the task's score of it where labels are known.
+
+    `limit` is the one on rel that its arithmetic was judged by, `images` how many it ran on. One of kind BUILDER ran
+    nothing: that it took the artefact is all it says.
+    """
 
     witness: Witness
     outputs: tuple[OutputParity, ...]
     score: float | None
+    limit: float | None = None
+    images: int | None = None
+    failure: Failure | None = None
 
     @property
     def verdict(self) -> Verdict:
+        if self.failure is not None:
+            return self.failure.verdict
+        if self.witness.kind is WitnessKind.BUILDER:
+            return Verdict.PASS
         return Verdict.worst([output.verdict for output in self.outputs])
 
 

@@ -5,6 +5,7 @@ Each step is a pure function of its own module; each target is one file in `expo
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from castling_deploy import bundled, checkpoint
 from castling_deploy.errors import CastlingError, UsageError
 from castling_deploy.folder import artifact_folder, refuse_if_taken
 from castling_deploy.identify import ModelCard, identify
+from castling_deploy.isolation import Worker
 from castling_deploy.ladder import Ladder, climb
 from castling_deploy.latency import TIMED, LatencyReport
 from castling_deploy.parity import ParityReport
@@ -22,7 +24,7 @@ from castling_deploy.probes import probes_for
 from castling_deploy.progress import Progress, Silent
 from castling_deploy.quiet import toolchain
 from castling_deploy.request import Request, Step, plan
-from castling_deploy.target import Artifact, Missing, refuse_for_task
+from castling_deploy.target import Artifact, Missing, Network, refuse_for_task
 from castling_deploy.task import task_named
 from castling_deploy.verification import measure, verify_artifact
 
@@ -92,17 +94,28 @@ def produce(request: Request, step: Step, card: ModelCard, ladder: Ladder, progr
         return Result(step, missing=missing)
     network = written.network_for(card, ladder.folded, request.batch_size)
     path = folder_of(request, card, step)
+    name = step.target.name
     try:
-        with artifact_folder(path, overwrite=request.overwrite) as folder:
-            with progress.stage(f"{step.target.name}: export {step.precision}"), toolchain(step.target.name):
-                artifact = step.target.export(network, step.precision, step.options, folder)
-            with progress.stage(f"{step.target.name}: verify") as advance:
-                parity = verify_artifact(step.target, artifact, folder, ladder, step.precision, advance)
+        with ExitStack() as stack:
+            # Two processes, which start side by side: the one that runs the artefact has never seen the network.
+            maker = stack.enter_context(Worker(request.limits))
+            witness = stack.enter_context(Worker(request.limits))
+            folder = stack.enter_context(artifact_folder(path, overwrite=request.overwrite))
+            with progress.stage(f"{name}: export {step.precision}"):
+                artifact = maker.call(f"{name}: export", exported, step, network, folder)
+            with progress.stage(f"{name}: verify") as advance:
+                parity = verify_artifact(step.target, artifact, folder, ladder, step.precision, advance, witness.call)
             latency = None
             if request.benchmark and step.target.witness().kind in TIMED:
-                with progress.stage(f"{step.target.name}: measure latency"):
-                    latency = measure(step.target, artifact, folder, ladder)
+                with progress.stage(f"{name}: measure latency"):
+                    latency = measure(step.target, artifact, folder, ladder, call=witness.call)
             written.describe(folder, card, ladder, step.target, step.precision, step.options, artifact, parity, latency)
         return Result(step, path, artifact, parity, latency, artifact.unfinished)
     except CastlingError as error:
         return Result(step, error=error)
+
+
+def exported(step: Step, network: Network, folder: Path) -> Artifact:
+    """The toolchain's part, which writes into `folder`. Raises ExportError."""
+    with toolchain(step.target.name):
+        return step.target.export(network, step.precision, step.options, folder)

@@ -136,11 +136,13 @@ class Target(Protocol):
 
     `precisions[0]` is the default. `options` is a frozen dataclass: its fields are the options the target
     understands, and its `__post_init__` refuses bad values; a field with `metadata={"task": ...}` is for networks of
-    that task alone. `extra` is the pip extra that installs the toolchain.
+    that task alone. `extra` is the pip extra that installs the toolchain. `runtime` is what `castling verify --on`
+    calls the target's own witness.
     """
 
     name: str
     extra: str
+    runtime: str
     precisions: tuple[Precision, ...]
     options: type[Any]
 

@@ -87,6 +87,7 @@ class CoreMLTarget:
 
     name = "coreml"
     extra = "coreml"
+    runtime = "coreml"
     precisions: tuple[Precision, ...] = (Precision.FP16, Precision.FP32)
     options: type[Any] = CoreMLOptions
 

@@ -73,6 +73,7 @@ class ExecuTorchTarget:
 
     name = "executorch"
     extra = "executorch"
+    runtime = "executorch"
     precisions: tuple[Precision, ...] = (Precision.FP32, Precision.FP16)
     options: type[Any] = ExecuTorchOptions
 

@@ -89,6 +89,7 @@ class OnnxTarget:
 
     name = "onnx"
     extra = ""
+    runtime = "ort"
     precisions: tuple[Precision, ...] = (Precision.FP32, Precision.FP16)
     options: type[Any] = OnnxOptions
 

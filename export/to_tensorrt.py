@@ -85,6 +85,7 @@ class TensorRTTarget:
 
     name = "tensorrt"
     extra = "tensorrt-rtx"
+    runtime = "tensorrt"
     precisions: tuple[Precision, ...] = (Precision.FP16, Precision.FP32)
     options: type[Any] = TensorRTOptions
 

@@ -119,7 +119,7 @@ def test_a_call_that_hangs_is_ended_with_all_it_started() -> None:
 
 
 def test_a_call_that_eats_the_memory_is_ended() -> None:
-    with Worker(Limits(memory_bytes=2**30)) as worker, pytest.raises(CrashError, match="more than 1.0 GiB") as caught:
+    with Worker(Limits(memory_bytes=2**30)) as worker, pytest.raises(CrashError, match=r"more than 1\.0 GiB") as caught:
         worker.call("build", eat)
     assert caught.value.how == "memory"
 
