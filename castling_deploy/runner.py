@@ -59,7 +59,10 @@ class SetUp(Protocol):
         """Fetch and build into `cache.cache_folder(name)`, whole or not at all. Raises SetupError."""
 
 
-RUNNERS: tuple[str, ...] = ()
+RUNNERS: tuple[str, ...] = (
+    "castling_deploy.witnesses.ort_arm64:OrtArm64",
+    "castling_deploy.witnesses.executorch_arm64:ExecuTorchArm64",
+)
 
 
 def runners_for(target: str) -> Mapping[str, Runner]:
