@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from castling_deploy.target import Artifact, Missing, Witness
 from castling_deploy.witnesses import arm64_build, arm64_sysroot
+from castling_deploy.witnesses.arm64_sysroot import IMAGES
 
 if TYPE_CHECKING:
     from castling_deploy.runner import Advance, Values
@@ -23,7 +24,7 @@ class OrtArm64:
 
     name = "arm64"
     targets: tuple[str, ...] = ("onnx",)
-    images: int | None = 8
+    images: int | None = IMAGES
 
     def missing(self) -> Missing | None:
         return arm64_sysroot.missing("onnxruntime")
