@@ -52,19 +52,17 @@ class Runner(Protocol):
 
 
 @runtime_checkable
-class SetUp(Protocol):
+class SetUp(Runner, Protocol):
     """A runner that needs more than pip installs: `castling setup NAME` fetches and builds it into a folder, once."""
-
-    name: str
-
-    def is_set_up(self) -> bool:
-        """Whether that was done, and still fits what is installed."""
 
     def set_up(self, advance: Advance) -> None:
         """Fetch and build into `cache.cache_folder(name)`, whole or not at all. Raises SetupError."""
 
 
-RUNNERS: tuple[str, ...] = ()
+RUNNERS: tuple[str, ...] = (
+    "castling_deploy.witnesses.ort_arm64:OrtArm64",
+    "castling_deploy.witnesses.executorch_arm64:ExecuTorchArm64",
+)
 ALL = "all"
 
 

@@ -27,7 +27,7 @@ def setup(names: tuple[str, ...]) -> int:
     progress = StderrProgress()
     if not names:
         for name, runner in known.items():
-            state = "ready" if runner.is_set_up() else f"castling setup {name}"
+            state = "ready" if runner.missing() is None else f"castling setup {name}"
             progress.console.print(f"{name}: {state}  ({cache_folder(name)})", soft_wrap=True)
     for name in names:
         with progress.stage(f"set up {name} in {cache_folder(name)}") as advance:
