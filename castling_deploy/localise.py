@@ -1,8 +1,8 @@
 """Where an artefact leaves the limit: the first operator, and its module, whose output is wrong.
 
 The network is cut off after one of its modules, the prefix is exported like any network, run on real probes, and held
-against the same prefix in PyTorch by the project's own measure. Cuts are bisected, from blocks down to operators. A
-value beyond float16's range is tried first: it needs two exports to be found guilty.
+against the same prefix in PyTorch by the project's own measure. Cuts are bisected, from blocks down to operators. What
+looks guilty is tried first: numbers beyond float16's range, weights that the artefact does not hold.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from castling_deploy.target import Artifact, Network, Precision, Readable, Targe
 REAL, WORST, STRUCTURED = 8, 4, 3  # probes that every prefix runs on
 EXACT = 4  # of them in float64 too
 KEPT = 4  # of them in the folder
-GUESSES = 2  # values beyond float16 that are tried before the bisection
+GUESSES = 2  # operators that are tried before the bisection
+WHOLE = "whole"  # the folder of the whole network, beside those of the prefixes
 
 
 class Finding(StrEnum):
@@ -76,8 +77,8 @@ class Localisation:
     """Where an artefact goes wrong, and what speaks for it.
 
     `verdict` and `rel` are those of the whole artefact. `wrong` is the first value that is, `before` the last right one
-    that it is computed from (None: the input). `origin` is where numbers first leave the range of the precision, which may
-    be earlier than where it shows. `differing` are constants in which the file differs from a fresh export.
+    that it is computed from (None: the input). `origin` is where numbers first leave the range of the precision,
+    which may be earlier than where it shows. `differing` are constants in which the file differs from a fresh export.
     `folder` holds what reproduces it.
     """
 
@@ -180,7 +181,7 @@ class _Search:
             self._choose(said, references, self.last_outputs)
             if not self._any_wrong(said):
                 return self._nothing(said)
-        fresh = self.scratch / "whole"
+        fresh = self.scratch / WHOLE
         began = time.perf_counter()
         try:
             artifact = self._export(self.network, self.options, fresh)
@@ -367,9 +368,7 @@ class _Search:
 
     def _first(self, end: fx.Node, advance: Advance) -> fx.Node:
         """The first wrong node on the way to `end`, which is wrong: none of the values it is computed from is."""
-        high = end
-        if not self.refusals and self.precision is Precision.FP16:
-            high = self._beyond_half(high)
+        high = end if self.refusals else self._guessed(end)
         path = ""
         while True:
             children = self.traced.children(path)
@@ -383,14 +382,23 @@ class _Search:
                 return high
             path = owner[0]
 
-    def _beyond_half(self, high: fx.Node) -> fx.Node:
-        """The first of GUESSES values that float16 cannot hold whose prefix is wrong; what comes before is judged too.
-        A guess that is right is not held against the others: the target may compute it in float32."""
-        ordered = sorted(self.traced.ancestors(high), key=self.traced.order.__getitem__)
-        beyond = [
-            node for node in ordered if self.largest.get(node, 0.0) > LARGEST_HALF and self.traced.exportable(node)
-        ]
-        for node in beyond[:GUESSES]:
+    def _suspected(self, end: fx.Node) -> list[fx.Node]:
+        """Operators on the way to `end` that are worth a try: values that float16 cannot hold, and operators with
+        weights that the whole artefact does not hold as they are."""
+        way = sorted(self.traced.ancestors(end) | {end}, key=self.traced.order.__getitem__)
+        exportable = [node for node in way if self.traced.exportable(node)]
+        if self.precision is Precision.FP16:
+            beyond = [node for node in exportable if self.largest.get(node, 0.0) > LARGEST_HALF]
+            if beyond:
+                return beyond[:GUESSES]
+        whole = self.scratch / WHOLE
+        missing = self._missing_weights(exportable, whole)
+        return [node for node in exportable if missing and not missing.isdisjoint(self._weights(node))][:GUESSES]
+
+    def _guessed(self, end: fx.Node) -> fx.Node:
+        """The first suspect whose prefix is wrong, or `end`; what comes before it is judged too. A suspect that is right
+        is not held against the others: the target may compute it in float32, or fold one weight into another."""
+        for node in self._suspected(end):
             wrong = self.judge(node)
             if wrong is False:
                 self.right.add(node)
@@ -399,7 +407,7 @@ class _Search:
                     if before not in self.right and self.judge(before) is False:
                         self.right.add(before)
                 return node
-        return high
+        return end
 
     def _inputs(self, node: fx.Node) -> list[fx.Node]:
         """The nearest values that `node` is computed from and that a prefix can end with."""
@@ -461,6 +469,8 @@ class _Search:
         before = None if last is None else self._seen(last)
         between = (self.traced.ancestors(node) | {node}) - self.traced.ancestors(last) if last else {node}
         watched = watch(self.traced, self.probes.tensors[self.rows], [node])
+        prefix = self.ran[node].folder
+        missing = None if prefix is None else self._missing_weights([node], prefix)
         beyond = [one for one in between if watched.largest.get(one, 0.0) > LARGEST_HALF]
         cause, evidence = likely(
             self.precision,
@@ -470,7 +480,7 @@ class _Search:
             rel_before=before.rel if before else None,
             largest_inside=max((watched.largest.get(one, 0.0) for one in between), default=0.0),
             terms=watched.terms.get(node),
-            missing_weights=self._missing_weights(node),
+            missing_weights=None if missing is None else sorted(missing),
         )
         return replace(
             self._ended(Finding.MODULE, whole),
@@ -502,15 +512,17 @@ class _Search:
             Statistics.of(ran.outputs, self.real),
         )
 
-    def _missing_weights(self, node: fx.Node) -> tuple[str, ...] | None:
-        """Parameters that `node` takes and its prefix's artefact does not hold; None where it cannot be read."""
-        ran = self.ran[node]
-        if not isinstance(self.target, Readable) or ran.folder is None:
+    def _weights(self, node: fx.Node) -> set[str]:
+        """Names of the parameters and buffers that an operator takes."""
+        return {str(one.target) for one in node.all_input_nodes if one.op == "get_attr"}
+
+    def _missing_weights(self, nodes: Iterable[fx.Node], folder: Path) -> set[str] | None:
+        """Weights that `nodes` take and the artefact in `folder` does not hold; None where it cannot be read."""
+        if not isinstance(self.target, Readable):
             return None
-        held = dict(self.traced.graph_module.state_dict())
-        taken = {str(one.target) for one in node.all_input_nodes if one.op == "get_attr"}
+        held, taken = self.traced.graph_module.state_dict(), set().union(*map(self._weights, nodes))
         parameters = {name: held[name].numpy() for name in sorted(taken) if name in held}
-        return absent(parameters, self.target.constants(ran.folder).values())
+        return set(absent(parameters, self.target.constants(folder).values()))
 
     def reproduction(self, folder: Path, result: Localisation) -> Path | None:
         """`folder` with the prefix, the part alone where it is wrong too, and a script that shows it."""

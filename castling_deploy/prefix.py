@@ -22,7 +22,8 @@ from torch import fx, nn
 from castling_deploy.errors import ExportError
 from castling_deploy.target import Network, TensorSpec
 
-VALUE = "value"  # the name of a prefix's output, and of the input of a part that stands alone
+VALUE = "value"  # the name of a prefix's output
+GIVEN = "given"  # the name of the input of a part that stands alone; coremltools wants two names
 PRODUCTS = ("addmm", "bmm", "conv1d", "conv2d", "convolution", "linear", "matmul", "mm")
 FRAME = re.compile(r'File "(?P<file>.+)", line (?P<line>\d+), in \w+')
 
@@ -149,7 +150,7 @@ class Traced:
         value = given[0].meta.get("val")
         if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.shape[0] != self._batch:
             return None
-        spec = TensorSpec(VALUE, tuple(value.shape), "float32", "")
+        spec = TensorSpec(GIVEN, tuple(value.shape), "float32", "")
         if given[0].op == "placeholder":
             spec = self.network.inputs[0]
         return self._network([nodes[-1]], (spec,), {given[0]: spec.name})
