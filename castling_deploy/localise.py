@@ -396,8 +396,8 @@ class _Search:
         return [node for node in exportable if missing and not missing.isdisjoint(self._weights(node))][:GUESSES]
 
     def _guessed(self, end: fx.Node) -> fx.Node:
-        """The first suspect whose prefix is wrong, or `end`; what comes before it is judged too. A suspect that is right
-        is not held against the others: the target may compute it in float32, or fold one weight into another."""
+        """The first suspect whose prefix is wrong, or `end`; what comes before it is judged too. A suspect that is
+        right is not held against the others: the target may compute it in float32, or fold one weight into another."""
         for node in self._suspected(end):
             wrong = self.judge(node)
             if wrong is False:
