@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from castling_deploy.errors import UsageError
 from castling_deploy.preprocessing import Preprocessing
@@ -67,7 +67,8 @@ class TensorSpec:
 class Network:
     """What every exporter is handed: a folded network in eval mode, in float32, and the facts around it.
 
-    `module` maps (B, C, H, W) float32, normalised, to logits (B, classes).
+    `module` maps (B, C, H, W) float32, normalised, to logits (B, classes). A `part` of a network, cut out to find where
+    an artefact goes wrong, has an input and an output of any rank, and maybe no product that an exporter could check.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Network:
     labels: tuple[str, ...] | None
     description: str
     metadata: Mapping[str, str]
+    part: bool = False
 
     def example(self) -> tuple[torch.Tensor, ...]:
         """Deterministic inputs of the right shape for tracing; no two values alike, none of them zero."""
@@ -163,6 +165,22 @@ class Target(Protocol):
 
     def load(self, folder: Path, *, threads: int = 1) -> AbstractContextManager[Session]:
         """The artefact of `folder`, loaded by the strongest witness present here. Raises ExportError."""
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """A target whose artefacts tell their constants, which says more of a file that went wrong."""
+
+    def constants(self, folder: Path) -> Arrays:
+        """Weights and other constants of the artefact in `folder` by name, in the file's order and dtypes."""
+
+
+@runtime_checkable
+class Scripted(Protocol):
+    """A target whose artefacts can be run by a few lines of Python without this tool."""
+
+    def script(self) -> str:
+        """Source of `run(folder, inputs)`: arrays by name, in the shapes of the artefact, to outputs by name."""
 
 
 TARGETS: Mapping[str, str] = {

@@ -7,11 +7,11 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from castling_deploy.errors import ExportError, UsageError
 from castling_deploy.export.coreml_package import classify, describe, distinct, write_package
@@ -20,6 +20,9 @@ from castling_deploy.export.coreml_session import EvaluatedSession, PredictSessi
 from castling_deploy.export.mil_evaluator import SMALLEST_NORMAL, load_program
 from castling_deploy.export.mil_package import Package, read_package
 from castling_deploy.target import Artifact, Missing, Network, Precision, Session, TensorSpec, Witness, WitnessKind
+
+if TYPE_CHECKING:
+    from castling_deploy.target import Arrays
 
 FILE = "model.mlpackage"
 INPUTS = ("tensor", "image")
@@ -51,6 +54,24 @@ output = model.predict({{"{input}": image}})    # image: {python_image}
 logits = output["{output}"]
 {python_label}```
 """
+SCRIPT = f"""\
+def run(folder, inputs):
+    import sys
+
+    path = folder / "{FILE}"
+    if sys.platform != "darwin":  # Core ML itself is on macOS only; castling-deploy has an evaluator of the program
+        from castling_deploy.export.mil_evaluator import load_program
+
+        return load_program(path)(inputs)
+    import coremltools
+    from PIL import Image
+
+    model = coremltools.models.MLModel(str(path))
+    pictures = {{name: value.dtype == "uint8" for name, value in inputs.items()}}
+    fed = {{name: Image.fromarray(value[0].squeeze()) if pictures[name] else value for name, value in inputs.items()}}
+    return model.predict(fed)
+
+"""
 SWIFT_IMAGE = {
     "tensor": "let image = try MLMultiArray(shape: {shape}, dataType: .float32)    // fill it with normalised pixels",
     "image": """\
@@ -69,7 +90,7 @@ class CoreMLOptions:
     Raises UsageError for anything else.
     """
 
-    input: Literal["tensor", "image"] = "tensor"
+    input: Literal["tensor", "image"] = field(default="tensor", metadata={"whole": "interface"})
 
     def __post_init__(self) -> None:
         if self.input not in INPUTS:
@@ -134,7 +155,8 @@ class CoreMLTarget:
         describe(model, network.description, network.metadata, lines(network, options))
         write_package(model, Path(mlmodel.weights_dir), folder / FILE)
         package = read_package(folder / FILE)
-        check(package, precision, softmaxes=sum("softmax" in str(node.target) for node in program.graph.nodes))
+        softmaxes = sum("softmax" in str(node.target) for node in program.graph.nodes)
+        check(package, precision, softmaxes=softmaxes, part=network.part)
         return Artifact(
             (FILE,),
             *specs(network, options, classifier=scores),
@@ -159,10 +181,19 @@ class CoreMLTarget:
         finally:
             torch.set_num_threads(before)
 
+    def constants(self, folder: Path) -> Arrays:
+        import numpy as np
+
+        held = read_package(folder / FILE).constants
+        return {name: value for name, value in held.items() if isinstance(value, np.ndarray)}
+
+    def script(self) -> str:
+        return SCRIPT
+
 
 def check_network(network: Network, options: CoreMLOptions) -> None:
     """Raises UsageError or ExportError for what cannot be built, before anything is imported."""
-    channels = network.inputs[0].shape[1]
+    channels = network.inputs[0].shape[1]  # tokens, in a part of a network
     order = network.preprocessing.channel_order
     if options.input == "image" and channels != 1 and (channels, order) != (3, "RGB"):
         raise UsageError(f"Core ML has no image of {channels} channels in the order {order}", hint="use --input tensor")
@@ -176,8 +207,11 @@ def classifies(network: Network) -> bool:
     return network.inputs[0].shape[0] == 1 and len(network.outputs) == 1 and len(network.outputs[0].shape) == 2
 
 
-def check(package: Package, precision: Precision, *, softmaxes: int) -> None:
-    """Raises ExportError unless the saved program is what was asked for; `softmaxes` is what the network itself has."""
+def check(package: Package, precision: Precision, *, softmaxes: int, part: bool = False) -> None:
+    """Raises ExportError unless the saved program is what was asked for; `softmaxes` is what the network itself has.
+
+    A `part` of a network may have no product.
+    """
     asked = DTYPES[precision]
     products = [operation for operation in package.operations if operation.type in PRODUCTS]
     weights = {
@@ -195,7 +229,7 @@ def check(package: Package, precision: Precision, *, softmaxes: int) -> None:
         and operation.outputs[0].dtype in DTYPES.values()
         and operation.outputs[0].dtype != asked
     ]
-    if wrong or not products:
+    if wrong or not (products or part):
         raise ExportError(f"{precision} was asked for, and not built: {', '.join(wrong[:3]) or 'there is no product'}")
     counts = Counter(operation.type for operation in package.operations)
     if counts["batch_norm"] or counts["softmax"] > softmaxes:
@@ -210,8 +244,8 @@ def specs(
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Inputs and outputs of the artefact."""
     (given,), outputs = network.inputs, network.outputs
-    batch, channels, height, width = given.shape
     if options.input == "image":
+        batch, channels, height, width = given.shape
         given = TensorSpec(given.name, (batch, height, width, channels), "uint8", "NHWC", "image")
     if classifier:
         outputs = (*outputs, TensorSpec(PROBABILITIES, outputs[0].shape, "float32", "NC"))
@@ -237,8 +271,8 @@ def usage(network: Network, options: CoreMLOptions, *, classifier: bool) -> str:
         "output": logits.name,
         "shape": list(given.shape),
         "logits": list(logits.shape),
-        "height": given.shape[2],
-        "width": given.shape[3],
+        "height": given.shape[-2],
+        "width": given.shape[-1],
     }
     return USAGE.format(
         **facts,

@@ -58,6 +58,21 @@ forward = Runtime.get().load_program("{file}").load_method("forward")
 ```
 """
 
+SCRIPT = f"""\
+def run(folder, inputs):
+    import json
+
+    import torch
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(folder / "{FILE}")
+    names = json.loads(program.load_method("{METADATA}").execute([])[0])
+    tensors = [torch.from_numpy(inputs[name]) for name in names["inputs"]]
+    outputs = program.load_method("forward").execute(tensors)
+    return {{name: tensor.numpy().copy() for name, tensor in zip(names["outputs"], outputs)}}
+
+"""
+
 
 @dataclass(frozen=True)
 class ExecuTorchOptions:
@@ -136,6 +151,9 @@ class ExecuTorchTarget:
             yield session
         finally:
             session.close()
+
+    def script(self) -> str:
+        return SCRIPT
 
 
 def installed_version() -> str | None:
@@ -229,7 +247,7 @@ def check(contents: PteContents, network: Network, precision: Precision) -> None
     import torch
     from torch import nn
 
-    if not contents.delegates:
+    if not contents.delegates and not network.part:
         raise ExportError("XNNPACK takes no operation of this network", hint="report this network")
     dtype = torch.float16 if precision is Precision.FP16 else torch.float32
     for name, module in network.module.named_modules():

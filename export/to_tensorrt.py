@@ -13,13 +13,16 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError
 from castling_deploy.export import tensorrt_build, to_onnx
 from castling_deploy.export.onnx_session import OnnxSession
 from castling_deploy.export.tensorrt_session import EngineSession
 from castling_deploy.target import Artifact, Missing, Network, Precision, Session, Witness, WitnessKind
+
+if TYPE_CHECKING:
+    from castling_deploy.target import Arrays
 
 ENGINE = "model.engine"
 MODULES = ("tensorrt", "tensorrt_rtx")  # in order of preference; the first builds on a GPU only
@@ -146,6 +149,12 @@ class TensorRTTarget:
         yield engine_session(folder / ENGINE) or OnnxSession(
             folder / to_onnx.FILE, threads, WitnessKind.REFERENCE, remark=REMARK
         )
+
+    def constants(self, folder: Path) -> Arrays:
+        return to_onnx.constants(folder / to_onnx.FILE)
+
+    def script(self) -> str:
+        return to_onnx.SCRIPT
 
 
 def installed(module: str) -> bool:
