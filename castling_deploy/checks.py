@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from castling_deploy.errors import CastlingError, InconclusiveError, ParityError
+from castling_deploy.errors import CastlingError, InconclusiveError, ParityError, TargetUnavailableError, UsageError
+from castling_deploy.fault import find_fault
 from castling_deploy.isolation import Limits
+from castling_deploy.localise import Localisation
 from castling_deploy.parity import TOLERANCES, ParityReport, Verdict, WitnessReport
 from castling_deploy.progress import Progress
 from castling_deploy.recheck import Recheck, verify
@@ -47,6 +49,7 @@ class Examined:
     checks: tuple[Check, ...] = ()
     recheck: Recheck | None = None
     error: CastlingError | None = None
+    localisation: Localisation | None = None
 
     @property
     def verdict(self) -> Verdict | None:
@@ -78,13 +81,23 @@ def examine(
     *,
     on: Sequence[str] = (),
     limits: Limits | None = None,
+    localise: bool = False,
 ) -> Examined:
-    """Every check of one folder. What goes wrong with it is in the result, so that it costs no other folder its own."""
+    """Every check of one folder. What goes wrong with it is in the result, so that it costs no other folder its own.
+
+    `localise` names the first module that goes wrong, also of a folder that was changed since its export.
+    """
     try:
         recheck = verify(path, checkpoint, progress, on=on, limits=limits)
-        return Examined(path, tuple(_checks(recheck)), recheck)
+        seen = Examined(path, tuple(_checks(recheck)), recheck)
     except CastlingError as error:
-        return Examined(path, error=error)
+        seen = Examined(path, error=error)
+    if not localise or isinstance(seen.error, UsageError | TargetUnavailableError):
+        return seen
+    try:
+        return replace(seen, localisation=find_fault(path, checkpoint, progress, limits or Limits()))
+    except CastlingError as error:
+        return replace(seen, error=seen.error or error)
 
 
 def _checks(seen: Recheck) -> Iterator[Check]:

@@ -11,6 +11,7 @@ from rich.text import Text
 from castling_deploy.comparison import Comparison, Quantity
 from castling_deploy.doctor import Health
 from castling_deploy.inspection import Inspection
+from castling_deploy.localised_text import print_localised
 from castling_deploy.parity import Verdict
 from castling_deploy.pipeline import Deployment, Result
 from castling_deploy.rejudge import Rejudged
@@ -118,6 +119,8 @@ def _print_notes(result: Result, console: Console) -> None:
         )
         for warning in result.latency.warnings:
             console.print(f"  ! {warning}", style="yellow")
+    if result.localisation is not None:
+        print_localised(result.localisation, console)
     if result.path is not None:
         console.print(f"  check it again: castling verify {shlex.quote(str(result.path))}", soft_wrap=True)
 

@@ -111,7 +111,7 @@ def localise(
     folder: Path,
     suspect: tuple[Artifact, Path] | None = None,
 ) -> Localisation:
-    """Find where artefacts of `network` go wrong; what reproduces it is written to `folder / "localised"`.
+    """Find where artefacts of `network` go wrong; what reproduces it is written to `folder`.
 
     `suspect`, an artefact and the folder it lies in, is judged first, and where a fresh export is right, the two are
     compared. Without it the fresh export is the one that is judged. Raises ExportError where the network cannot be
@@ -126,7 +126,7 @@ def localise(
             result = search.result(suspect, advance)
         if result.place is not None and search.end is not None:
             with progress.stage(f"{target.name}: write what reproduces it"):
-                result = replace(result, folder=search.reproduction(folder / "localised", result))
+                result = replace(result, folder=search.reproduction(folder, result))
     return replace(result, exports=search.exports, seconds=search.seconds, trials=tuple(search.trials))
 
 

@@ -23,33 +23,37 @@ def print_localised(localisation: Localisation, console: Console) -> None:
     """A dozen lines at most: the place first, then the numbers, then what to do."""
     title = f"{localisation.target} {localisation.precision}"
     if localisation.finding is Finding.NOTHING:
-        console.print(f"{title}: nothing is wrong (error {_rel(localisation.rel)} of the spread)", style="green")
+        console.print(
+            f"{title}: nothing is wrong (error {_rel(localisation.rel)} of the spread)", style="green", soft_wrap=True
+        )
         if localisation.evidence:
-            console.print(f"  {localisation.evidence}", style="yellow")
+            console.print(f"  {localisation.evidence}", style="yellow", soft_wrap=True)
         return
     place = localisation.place
     if place is None:
-        console.print(f"{title}: {localisation.finding}", style="red")
+        console.print(f"{title}: {localisation.finding}", style="red", soft_wrap=True)
     else:
-        console.print(f"{title}: it goes wrong in {place} ({place.kind}), at '{place.operator}'", style="red")
+        console.print(
+            f"{title}: it goes wrong in {place} ({place.kind}), at '{place.operator}'", style="red", soft_wrap=True
+        )
         if place.source:
-            console.print(f"  asked for at {place.source}:  {place.code}")
+            console.print(f"  asked for at {place.source}:  {place.code}", soft_wrap=True)
     if localisation.origin not in (None, place):
-        console.print(f"  the numbers come from {localisation.origin} before it")
+        console.print(f"  the numbers come from {localisation.origin} before it", soft_wrap=True)
     if localisation.wrong is not None:
         before = localisation.before
-        console.print(f"  last right:  {'the input' if before is None else _line(before)}")
-        console.print(f"  first wrong: {_line(localisation.wrong)}")
+        console.print(f"  last right:  {'the input' if before is None else _line(before)}", soft_wrap=True)
+        console.print(f"  first wrong: {_line(localisation.wrong)}", soft_wrap=True)
     if localisation.evidence:
         cause = "" if localisation.cause is None else f"likely {localisation.cause}: "
-        console.print(f"  {cause}{localisation.evidence}")
+        console.print(f"  {cause}{localisation.evidence}", soft_wrap=True)
     for name in localisation.differing[:3]:
-        console.print(f"  differs: {name}")
+        console.print(f"  differs: {name}", soft_wrap=True)
     if localisation.cause is not None:
-        console.print(f"  what to do: {ADVICE[localisation.cause]}", style="yellow")
+        console.print(f"  what to do: {ADVICE[localisation.cause]}", style="yellow", soft_wrap=True)
     if localisation.folder is not None:
-        console.print(f"  see it alone: python {localisation.folder / 'repro.py'}")
-    console.print(f"  {localisation.exports} exports, {localisation.seconds:.0f} s", style="dim")
+        console.print(f"  see it alone: python {localisation.folder / 'repro.py'}", soft_wrap=True)
+    console.print(f"  {localisation.exports} exports, {localisation.seconds:.0f} s", style="dim", soft_wrap=True)
 
 
 def _line(seen: Seen) -> str:

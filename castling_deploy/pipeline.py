@@ -6,7 +6,7 @@ Each step is a pure function of its own module; each target is one file in `expo
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -14,12 +14,14 @@ from torch import nn
 from castling_deploy import artifact as written
 from castling_deploy import bundled, checkpoint
 from castling_deploy.errors import CastlingError, UsageError
+from castling_deploy.fault import isolated_fault
 from castling_deploy.folder import artifact_folder, refuse_if_taken
 from castling_deploy.identify import ModelCard, identify
 from castling_deploy.isolation import Worker
 from castling_deploy.ladder import Ladder, climb
 from castling_deploy.latency import TIMED, LatencyReport
-from castling_deploy.parity import ParityReport
+from castling_deploy.localise import Localisation
+from castling_deploy.parity import ParityReport, Verdict
 from castling_deploy.probes import probes_for
 from castling_deploy.progress import Progress, Silent
 from castling_deploy.quiet import toolchain
@@ -40,6 +42,7 @@ class Result:
     latency: LatencyReport | None = None
     missing: Missing | None = None
     error: CastlingError | None = None
+    localisation: Localisation | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,20 @@ def produce(request: Request, step: Step, card: ModelCard, ladder: Ladder, progr
                 with progress.stage(f"{name}: measure latency"):
                     latency = measure(step.target, artifact, folder, ladder, call=witness.call)
             written.describe(folder, card, ladder, step.target, step.precision, step.options, artifact, parity, latency)
-        return Result(step, path, artifact, parity, latency, artifact.unfinished)
+        made = Result(step, path, artifact, parity, latency, artifact.unfinished)
+        if not request.localise or parity.verdict is not Verdict.FAIL:
+            return made
+        fault = isolated_fault(
+            step.target,
+            network,
+            step.precision,
+            step.options,
+            ladder.probes,
+            (artifact, path),
+            progress,
+            request.limits,
+        )
+        return replace(made, localisation=fault)
     except CastlingError as error:
         return Result(step, error=error)
 

@@ -10,17 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from castling_deploy.artifact import Folder, read_folder
-from castling_deploy.checkpoint import read
 from castling_deploy.errors import CrashError, ExportError, ParityError, TargetUnavailableError, UsageError
 from castling_deploy.execution import inputs_for, repeated
-from castling_deploy.identify import identify
 from castling_deploy.isolation import Call, Limits, Worker
-from castling_deploy.ladder import Ladder, climb
+from castling_deploy.ladder import Ladder
 from castling_deploy.latency import TIMED, Timing, interleaved
-from castling_deploy.models.family import family_named
 from castling_deploy.parity import Array, Failure, ParityReport, Reference, Verdict, WitnessReport
-from castling_deploy.probes import Probes, probes_for
+from castling_deploy.probes import Probes
 from castling_deploy.progress import Advance, Progress, Silent
+from castling_deploy.rebuilt import rebuilt
 from castling_deploy.runner import ALL, Runner, chosen, runners_of
 from castling_deploy.target import Missing, Target, target_named
 from castling_deploy.task import task_named
@@ -96,7 +94,7 @@ def verify(
     golden = _heard(able, look, f"run {len(images)} golden images", progress, limits)
     if checkpoint is None:
         return Recheck(folder, golden, absent)
-    ladder = _ladder(folder, Path(checkpoint), progress)
+    ladder = rebuilt(folder, Path(checkpoint), progress).ladder
 
     def compare(runner: Runner, call: Call, advance: Advance) -> WitnessReport:
         return witnessed(runner, folder.artifact, folder.path, ladder, folder.precision, advance, call)
@@ -180,22 +178,3 @@ def _golden(folder: Folder) -> tuple[npt.NDArray[np.uint8], dict[str, Array]]:
         raise UsageError(
             f"the golden images of '{folder.path}' cannot be read: {error}", hint="export the artefact again"
         ) from None
-
-
-def _ladder(folder: Folder, checkpoint: Path, progress: Progress) -> Ladder:
-    with progress.stage("read the checkpoint and run the reference") as advance:
-        made, init_dconv = folder.manifest["model"], folder.manifest["checkpoint"].get("init_dconv")
-        is_baseline = made["config"].get("attention") == "softmax"
-        network, card = identify(
-            read(checkpoint),
-            model=family_named(made["family"]).baseline if is_baseline else None,
-            image_size=folder.preprocessing.size,
-            init_dconv=init_dconv,
-        )
-        if card.checkpoint_sha256 != folder.checkpoint_sha256:
-            raise ParityError(
-                f"'{checkpoint}' is not the checkpoint that '{folder.path}' was exported from",
-                hint="name the file whose SHA-256 is in the manifest, or export again",
-            )
-        probes = probes_for(folder.preprocessing, card.samples).affordable(card.output_values)
-        return climb(network, task_named(card.task), card.outputs, probes, advance)

@@ -42,6 +42,7 @@ def artifact_document(result: Result, deployment: Deployment) -> dict[str, Any]:
         "parity": parity,
         "latency": documents.latency_document(result.latency),
         "details": None if result.artifact is None else result.artifact.details,
+        "localisation": None if result.localisation is None else plain(result.localisation),
         "status": status(result),
         "reason": reason(result),
     }
@@ -130,6 +131,7 @@ def _examined_document(seen: Examined) -> dict[str, Any]:
         "not_run": [] if recheck is None else [plain(absent) for absent in recheck.absent],
         "parity": parity,
         "checks": [plain(check) for check in seen.checks],
+        "localisation": None if seen.localisation is None else plain(seen.localisation),
         "exit_code": seen.exit_code,
         "error": None if error is None else {"message": error.message, "hint": error.hint},
     }

@@ -249,7 +249,7 @@ def test_what_is_printed_and_written_can_be_read(tmp_path: Path) -> None:
     assert "head (Linear), at 'linear'" in text and "models/deit.py:" in text and "what to do" in text
     document = json.loads(json.dumps(plain(localisation), allow_nan=False))
     assert document["place"]["module"] == "head" and document["cause"] == "wrong weights"
-    assert "head" in (tmp_path / "localised" / "README.md").read_text()
+    assert "head" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["deit", "deit-distilled", "levit", "levit-linear", "mvit"])

@@ -51,6 +51,9 @@ ALL = "all"
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the noise among the compared inputs."
 )
+@click.option(
+    "--localise/--no-localise", default=True, show_default=True, help="Where parity fails, name the first wrong module."
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
 @limited
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
@@ -72,6 +75,7 @@ def export(
     overwrite: bool,
     benchmark: bool,
     seed: int,
+    localise: bool,
     dry_run: bool,
     timeout: float | None,
     memory: float | None,
@@ -101,6 +105,7 @@ def export(
         benchmark=benchmark,
         overwrite=overwrite,
         seed=seed,
+        localise=localise,
         limits=limits_of(timeout, memory),
     )
     steps = plan(request)

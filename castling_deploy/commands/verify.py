@@ -21,6 +21,7 @@ from castling_deploy.errors import InconclusiveError, ParityError, UsageError
     metavar="NAME",
     help="Who runs them: one or more names of castling doctor, or all. Default: the target's own.",
 )
+@click.option("--localise", is_flag=True, help="Name the first module that goes wrong, and write what reproduces it.")
 @click.option("--junit", type=click.Path(path_type=Path), help="Write the checks into this file as JUnit XML.")
 @click.option("--sarif", type=click.Path(path_type=Path), help="Write what did not pass into this file as SARIF.")
 @click.option("--from", "saved", type=click.Path(path_type=Path), help="A parity.json: judge its numbers, run nothing.")
@@ -31,6 +32,7 @@ def verify(
     paths: tuple[Path, ...],
     checkpoint: Path | None,
     on: tuple[str, ...],
+    localise: bool,
     junit: Path | None,
     sarif: Path | None,
     saved: Path | None,
@@ -44,10 +46,10 @@ def verify(
     All are checked; the gravest exit code counts. On GitHub Actions the outcome is added to the job's summary.
     """
     if saved is not None or rel is not None:
-        if paths or checkpoint or on or junit or sarif:
+        if paths or checkpoint or on or localise or junit or sarif:
             raise UsageError(
                 "--from and --rel judge saved numbers and run nothing",
-                hint="leave out folders, --checkpoint, --on, --junit and --sarif, or leave out --from and --rel",
+                hint="leave out everything else but --json, or leave out --from and --rel",
             )
         if saved is None or rel is None:
             raise UsageError("--from and --rel go together", hint="castling verify --from DIR/parity.json --rel 1e-3")
@@ -57,6 +59,7 @@ def verify(
     from castling_deploy.checks import examine
     from castling_deploy.ci_reports import refuse_inside, write_reports
     from castling_deploy.console_checks import print_examined
+    from castling_deploy.localised_text import print_localised
     from castling_deploy.report import verification_document
     from castling_deploy.terminal import StderrProgress
 
@@ -67,8 +70,12 @@ def verify(
     for path in paths:
         if len(paths) > 1:
             progress.console.print(f"castling verify {path}", soft_wrap=True)
-        examined.append(examine(path, checkpoint, progress, on=names, limits=limits_of(timeout, memory)))
-        print_examined(examined[-1], progress.console)
+        limits = limits_of(timeout, memory)
+        seen = examine(path, checkpoint, progress, on=names, limits=limits, localise=localise)
+        examined.append(seen)
+        print_examined(seen, progress.console)
+        if seen.localisation is not None:
+            print_localised(seen.localisation, progress.console)
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     write_reports(examined, junit, sarif, Path(summary) if summary else None)
     if len(examined) == 1 and examined[0].error is not None:
