@@ -28,7 +28,7 @@ from castling_deploy.quiet import toolchain
 from castling_deploy.request import Request, Step, plan
 from castling_deploy.target import Artifact, Missing, Network, refuse_for_task
 from castling_deploy.task import task_named
-from castling_deploy.verification import measure, verify_artifact
+from castling_deploy.verification import lowered_rung, measure, verify_artifact
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,11 @@ def produce(request: Request, step: Step, card: ModelCard, ladder: Ladder, progr
             folder = stack.enter_context(artifact_folder(path, overwrite=request.overwrite))
             with progress.stage(f"{name}: export {step.precision}"):
                 artifact = maker.call(f"{name}: export", exported, step, network, folder)
+                lowered = lowered_rung(step.target, network, step.options, ladder, maker.call)
             with progress.stage(f"{name}: verify") as advance:
-                parity = verify_artifact(step.target, artifact, folder, ladder, step.precision, advance, witness.call)
+                parity = verify_artifact(
+                    step.target, artifact, folder, ladder, step.precision, advance, witness.call, lowered
+                )
             latency = None
             if request.benchmark and step.target.witness().kind in TIMED:
                 with progress.stage(f"{name}: measure latency"):

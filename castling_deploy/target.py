@@ -160,6 +160,13 @@ class Target(Protocol):
     def refuse(self, options: Any, batch_size: int) -> None:
         """Raises UsageError for options and a batch that do not go together; imports nothing heavy."""
 
+    def lowered(self, network: Network, options: Any) -> nn.Module:
+        """The graph that the format's converter is handed, in float32, as a module of `network.inputs`' shapes.
+
+        What rewrites it for the target is exact, so in float64 it computes what `network.module` does. Raises
+        ExportError.
+        """
+
     def export(self, network: Network, precision: Precision, options: Any, folder: Path) -> Artifact:
         """Write the artefact into `folder` (which exists and is empty). Raises ExportError."""
 

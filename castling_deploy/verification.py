@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +17,12 @@ from torch import nn
 from castling_deploy.errors import ExportError
 from castling_deploy.execution import inputs_for, repeated
 from castling_deploy.isolation import Call, here
-from castling_deploy.ladder import Ladder
+from castling_deploy.ladder import Ladder, exact_rung, run
 from castling_deploy.latency import LatencyReport, doubts, host, interleaved
 from castling_deploy.parity import (
     EXPORTED,
+    LOWERED,
+    LOWERED_TOLERANCE,
     TOLERANCES,
     Array,
     OutputParity,
@@ -33,7 +37,7 @@ from castling_deploy.parity import (
 from castling_deploy.progress import Advance
 from castling_deploy.quiet import toolchain
 from castling_deploy.runner import OwnWitness, Runner
-from castling_deploy.target import Artifact, Precision, Session, Target, TensorSpec, Witness, WitnessKind
+from castling_deploy.target import Artifact, Network, Precision, Session, Target, TensorSpec, Witness, WitnessKind
 from castling_deploy.task import Derived, Outputs, Task
 
 
@@ -52,18 +56,38 @@ def verify_artifact(
     precision: Precision,
     advance: Advance = lambda share: None,
     call: Call = here,
+    lowered: Rung | None = None,
 ) -> ParityReport:
     """Its own witness runs the artefact on all probes, and every output is compared; every rung of the ladder."""
     report = witnessed(OwnWitness(target), artifact, folder, ladder, precision, advance, call)
-    return parity_report(ladder, precision, (report,))
+    return parity_report(ladder, precision, (report,), lowered)
 
 
-def parity_report(ladder: Ladder, precision: Precision, witnesses: tuple[WitnessReport, ...]) -> ParityReport:
+def parity_report(
+    ladder: Ladder, precision: Precision, witnesses: tuple[WitnessReport, ...], lowered: Rung | None = None
+) -> ParityReport:
     """Every rung of the ladder; on the last stands the first of the witnesses."""
     first = witnesses[0]
     rel = worst(output.rel for output in first.outputs)
     exported = Rung(EXPORTED, rel, TOLERANCES[precision].limit, first.verdict)
-    return ParityReport(precision, first.images or 0, (ladder.cast_rung, ladder.fold_rung, exported), witnesses)
+    rungs = [ladder.cast_rung, ladder.fold_rung, *([] if lowered is None else [lowered]), exported]
+    return ParityReport(precision, first.images or 0, tuple(rungs), witnesses)
+
+
+def lowered_rung(target: Target, network: Network, options: Any, ladder: Ladder, call: Call = here) -> Rung:
+    """What the target's rewrites change: nothing but the rounding of constants. Raises ExportError."""
+    outputs = call(f"{target.name}: lower", _run_lowered, target, network, options, ladder.few.tensors)
+    return exact_rung(LOWERED, ladder.exact, outputs, LOWERED_TOLERANCE)
+
+
+def _run_lowered(target: Target, network: Network, options: Any, tensors: Array) -> Outputs:
+    with toolchain(f"{target.name}: lowering"):
+        module = copy.deepcopy(target.lowered(network, options)).double()  # the network shares its tensors
+    batch = network.inputs[0].shape[0]
+    names = [spec.name for spec in network.outputs]
+    filled = repeated(tensors.astype(np.float64), -(-len(tensors) // batch) * batch)
+    outputs = run(module, names, filled, batch)
+    return {name: values[: len(tensors)] for name, values in outputs.items()}
 
 
 def witnessed(

@@ -22,6 +22,8 @@ from castling_deploy.export.mil_package import Package, read_package
 from castling_deploy.target import Artifact, Missing, Network, Precision, Session, TensorSpec, Witness, WitnessKind
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from castling_deploy.target import Arrays
 
 FILE = "model.mlpackage"
@@ -140,6 +142,9 @@ class CoreMLTarget:
                 f"a Core ML image input holds one image, not {batch_size}",
                 hint="use --batch-size 1, or --input tensor",
             )
+
+    def lowered(self, network: Network, options: CoreMLOptions) -> nn.Module:
+        return exported_program(network, pixels=False, scores=False).module(check_guards=False)
 
     def export(self, network: Network, precision: Precision, options: CoreMLOptions, folder: Path) -> Artifact:
         self.refuse(options, network.inputs[0].shape[0])

@@ -109,6 +109,9 @@ class ExecuTorchTarget:
     def refuse(self, options: ExecuTorchOptions, batch_size: int) -> None:
         pass  # every batch can be fixed
 
+    def lowered(self, network: Network, options: ExecuTorchOptions) -> nn.Module:
+        return in_xnnpack_forms(traced(network, Precision.FP32)).module(check_guards=False)
+
     def export(self, network: Network, precision: Precision, options: ExecuTorchOptions, folder: Path) -> Artifact:
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.backends.xnnpack.utils.configs import get_transform_passes

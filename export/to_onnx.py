@@ -21,6 +21,7 @@ from castling_deploy.target import Artifact, Missing, Network, Precision, Sessio
 if TYPE_CHECKING:
     import onnx
     import torch
+    from torch import nn
 
     from castling_deploy.target import Arrays
 
@@ -122,6 +123,9 @@ class OnnxTarget:
             raise UsageError(
                 f"a dynamic batch and a batch of {batch_size} exclude each other", hint="leave out one of the two"
             )
+
+    def lowered(self, network: Network, options: OnnxOptions) -> nn.Module:
+        return exported_program(network, dynamic=False).module(check_guards=False)
 
     def export(self, network: Network, precision: Precision, options: OnnxOptions, folder: Path) -> Artifact:
         model = onnx_model(network, precision, options.opset, dynamic=options.dynamic, nms=options.nms)

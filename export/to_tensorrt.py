@@ -22,6 +22,8 @@ from castling_deploy.export.tensorrt_session import EngineSession
 from castling_deploy.target import Artifact, Missing, Network, Precision, Session, Witness, WitnessKind
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from castling_deploy.target import Arrays
 
 ENGINE = "model.engine"
@@ -106,6 +108,9 @@ class TensorRTTarget:
 
     def refuse(self, options: TensorRTOptions, batch_size: int) -> None:
         pass  # every batch can be fixed
+
+    def lowered(self, network: Network, options: TensorRTOptions) -> nn.Module:
+        return to_onnx.exported_program(network, dynamic=False).module(check_guards=False)
 
     def export(self, network: Network, precision: Precision, options: TensorRTOptions, folder: Path) -> Artifact:
         model = to_onnx.onnx_model(network, precision, options.opset)
