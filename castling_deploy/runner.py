@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from castling_deploy.errors import UsageError
 from castling_deploy.suggest import did_you_mean
-from castling_deploy.target import Artifact, Missing, Witness
+from castling_deploy.target import Artifact, Missing, Precision, Witness
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +29,8 @@ class Runner(Protocol):
     """A runtime, an emulator, a simulator, an evaluator or a compiler that takes artefacts of `targets`.
 
     `name` is what `castling verify --on` takes; runners of different targets may share one. `images` is how many probes
-    it can afford (None: all of them).
+    it can afford (None: all of them; 0: it is a builder). One that computes in another precision than the artefact's
+    has the member of `OwnArithmetic` too.
     """
 
     name: str
@@ -59,7 +60,19 @@ class SetUp(Protocol):
         """Fetch and build into `cache.cache_folder(name)`, whole or not at all. Raises SetupError."""
 
 
-RUNNERS: tuple[str, ...] = ()
+class OwnArithmetic(Protocol):
+    """A runner that computes in another precision than the artefact's."""
+
+    def arithmetic(self, precision: Precision) -> Precision:
+        """The precision it computes in, for an artefact of `precision`: it sets the limit of the comparison."""
+
+
+RUNNERS: tuple[str, ...] = (
+    "castling_deploy.witnesses.openvino:OpenVINO",
+    "castling_deploy.witnesses.qnn:QnnHost",
+    "castling_deploy.witnesses.ort_web:OrtWeb",
+    "castling_deploy.witnesses.tensorrt_rtx:RtxBuilder",
+)
 
 
 def runners_for(target: str) -> Mapping[str, Runner]:
@@ -86,3 +99,8 @@ def runner_named(target: str, name: str) -> Runner:
 def needs_setup(runner: Any) -> bool:
     """Whether `castling setup` has something to do for it."""
     return hasattr(runner, "set_up")
+
+
+def arithmetic_of(runner: Any, precision: Precision) -> Precision:
+    """The precision in which `runner` computes an artefact of `precision`: the same, unless it says otherwise."""
+    return runner.arithmetic(precision) if hasattr(runner, "arithmetic") else precision
