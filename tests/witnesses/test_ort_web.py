@@ -82,9 +82,10 @@ def test_a_single_weight_is_seen(cached: Path, tmp_path: Path) -> None:
 def test_what_the_page_throws_is_an_error_and_the_browser_ends(
     cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder = damaged(exported(CLASSIFIER, "onnx", "fp32"), tmp_path / "damaged")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(ExportError, match=r"the web page does not run the artefact: .*protobuf"):
-        outputs_of(OrtWeb(), damaged(exported(CLASSIFIER, "onnx", "fp32"), tmp_path / "damaged"), 1)
+        outputs_of(OrtWeb(), folder, 1)
     assert browsers(tmp_path) == []
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
