@@ -7,7 +7,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -87,6 +87,7 @@ class TensorRTTarget:
     extra = "tensorrt-rtx"
     precisions: tuple[Precision, ...] = (Precision.FP16, Precision.FP32)
     options: type[Any] = TensorRTOptions
+    selftests: Mapping[str, str] = {"selftest.py": "run_onnxruntime.py"}
 
     def missing(self) -> Missing | None:
         return to_onnx.OnnxTarget().missing()  # the graph needs no TensorRT
