@@ -98,8 +98,9 @@ def _resize(kernel: str) -> Step:
     half, bits = 2 ** (FIXED_POINT_BITS - 1), FIXED_POINT_BITS
     return Step(
         "resize",
-        f"Pillow's Image.resize with {kernel.upper()}, whose kernel widens where the picture shrinks (antialias): "
-        "every row first, then every column; an axis whose size stays is left alone. For new pixel i of n, from old "
+        f"Pillow's Image.resize with {kernel.upper()}, whose kernel widens where the picture shrinks (antialias), in "
+        "two calls: every row to the new width, then every column to the new height; an axis whose size stays is left "
+        "alone. For new pixel i of n, from old "
         f"pixels 0 .. m-1, in float64: s = m / n, f = max(s, 1), c = (i + 0.5) s, r = {support} f; old pixels j from "
         "max(0, trunc(c - r + 0.5)) to below min(m, trunc(c + r + 0.5)); their weights k((j - c + 0.5) * (1 / f)), "
         f"divided by the sum of these; k(x) = {weight}. Each weight times 2^{bits} is rounded to an integer, a half "

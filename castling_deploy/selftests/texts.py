@@ -18,8 +18,8 @@ HOW = {
     "`/tmp/selftest .`; ORT is an unpacked release of ONNX Runtime",
     ".swift": "`swiftc -O -parse-as-library selftest/{name} -o /tmp/selftest`, then `/tmp/selftest .`, on macOS 14 or "
     "later; or `check(folder)` in an app. **Never run where it was written: there was no Mac**",
-    ".kt": "`Selftest.run(folder)` in an instrumented test on Android. **Never run where it was written: there was no "
-    "device**",
+    ".kt": "`{name}`: `Selftest.run(folder)` in an instrumented test on Android. **Never run where it was written: "
+    "there was no device**",
 }
 
 README = """\
