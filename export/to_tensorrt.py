@@ -93,6 +93,7 @@ class TensorRTTarget:
     runtime = "tensorrt"
     precisions: tuple[Precision, ...] = (Precision.FP16, Precision.FP32)
     options: type[Any] = TensorRTOptions
+    selftests: Mapping[str, str] = {"selftest.py": "run_onnxruntime.py"}
 
     def missing(self) -> Missing | None:
         return to_onnx.OnnxTarget().missing()  # the graph needs no TensorRT
