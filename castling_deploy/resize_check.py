@@ -101,7 +101,7 @@ def attribute(path: str | Path, image: str | Path, theirs: npt.NDArray[np.generi
     best = _simplest(ranked)
     own = Explanation(right.mistakes, float(apart.mean()))
     explained = best.levels <= (SAME if len(best.mistakes) <= len(own.mistakes) else EXPLAINS * own.levels)
-    golden = recheck.verify(path).golden
+    golden = recheck.verify(path).golden[0]
     return Attribution(
         golden,
         float(apart.mean()),
