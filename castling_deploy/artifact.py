@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from castling_deploy.selftests.facts import GoldenOutput, facts_of, golden_docum
 from castling_deploy.selftests.texts import texts
 from castling_deploy.target import Artifact, Network, Precision, Target, TensorSpec
 
+SEAL = "manifest_sha256"  # the manifest's key for the hash of all its others
 GOLDEN_IMAGES = 8
 GOLDEN_BYTES = 2**26  # of their outputs
 LEAST_GOLDEN = 2  # images: without two there is no spread to measure an error against
@@ -88,29 +90,38 @@ def describe(
     (folder / "README.md").write_text(_readme(card, target, precision, artifact, parity), encoding="utf-8")
     documents.write(
         folder / MANIFEST,
-        {
-            "schema": SCHEMA,
-            "model": documents.model_document(card, parameters(ladder.castled)),
-            "checkpoint": documents.checkpoint_document(card),
-            "target": target.name,
-            "precision": precision,
-            "options": options,
-            "parity": parity.verdict,
-            "noise_rel": {name: reference.noise for name, reference in ladder.references.items()},
-            "inputs": artifact.inputs,
-            "outputs": artifact.outputs,
-            "preprocessing": card.preprocessing,
-            "preprocessing_steps": contract.steps(card.preprocessing, artifact.inputs[0]),
-            "golden": golden_document(golden),
-            "labels": card.labels,
-            "loads_with": artifact.loads_with,
-            "details": artifact.details,
-            "unfinished": artifact.unfinished,
-            "tools": {**artifact.tools, "torch": torch.__version__, "castling-deploy": version("castling-deploy")},
-            "model_files": artifact.files,
-            "files": {path.as_posix(): sha256(folder / path) for path in files_in(folder)},
-        },
+        sealed(
+            {
+                "schema": SCHEMA,
+                "model": documents.model_document(card, parameters(ladder.castled)),
+                "checkpoint": documents.checkpoint_document(card),
+                "target": target.name,
+                "precision": precision,
+                "options": options,
+                "parity": parity.verdict,
+                "noise_rel": {name: reference.noise for name, reference in ladder.references.items()},
+                "inputs": artifact.inputs,
+                "outputs": artifact.outputs,
+                "preprocessing": card.preprocessing,
+                "preprocessing_steps": contract.steps(card.preprocessing, artifact.inputs[0]),
+                "golden": golden_document(golden),
+                "labels": card.labels,
+                "loads_with": artifact.loads_with,
+                "details": artifact.details,
+                "unfinished": artifact.unfinished,
+                "tools": {**artifact.tools, "torch": torch.__version__, "castling-deploy": version("castling-deploy")},
+                "model_files": artifact.files,
+                "files": {path.as_posix(): sha256(folder / path) for path in files_in(folder)},
+            }
+        ),
     )
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with a hash of itself, so that a hand that edits it is seen: no seal against forgers."""
+    document: dict[str, Any] = plain({key: value for key, value in manifest.items() if key != SEAL})
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return {**document, SEAL: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _write_golden(folder: Path, card: ModelCard, ladder: Ladder, precision: Precision) -> tuple[GoldenOutput, ...]:
@@ -205,6 +216,8 @@ class Folder:
         changed = [
             name for name, digest in self.files.items() if name not in found or sha256(self.path / name) != digest
         ]
+        if self.manifest.get(SEAL) != sealed(self.manifest)[SEAL]:
+            changed.append(MANIFEST)
         return tuple(sorted([*changed, *(found - self.files.keys())]))
 
 

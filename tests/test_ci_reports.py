@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 from deployments import ENVIRONMENT, Run, castling
+from edits import reseal
 
 from castling_deploy import bundled
 from castling_deploy.checks import Check, Examined
@@ -41,8 +42,7 @@ def undecided(artifact: Path) -> Path:
     """A copy of which the export itself was in doubt."""
     copy = artifact.with_name("undecided")
     shutil.copytree(artifact, copy)
-    manifest = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps({**manifest, "parity": "inconclusive"}))
+    reseal(copy, parity="inconclusive")
     return copy
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from deployments import ENVIRONMENT, Run, castling
+from edits import reseal
 from networks import SMALL_DEIT, small
 
 from castling_deploy.models.attention import LinearAngularAttention
@@ -350,8 +351,7 @@ def exported(tmp_path: Path, checkpoint: Path) -> Path:
 
 def test_verify_does_not_pass_what_failed_at_its_export(tmp_path: Path, checkpoint_file: Files) -> None:
     folder = exported(tmp_path, checkpoint_file("deit"))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "parity": "fail"}))
+    reseal(folder, parity="fail")
     run = castling("verify", folder, "--json")
     assert run.code == 3 and "at its export" in run.err and is_two_lines(run)
     assert run.document["verdict"] == "fail", "one document, in a failure too"
@@ -372,8 +372,7 @@ def test_a_damaged_manifest_is_a_clear_error(
     manifest: dict[str, object], tmp_path: Path, checkpoint_file: Files
 ) -> None:
     folder = exported(tmp_path, checkpoint_file("deit"))
-    whole = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**whole, **manifest}))
+    reseal(folder, **manifest)
     run = castling("verify", folder)
     assert run.code == 2 and is_two_lines(run)
 

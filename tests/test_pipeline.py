@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from deployments import Run, castling
+from edits import reseal
 
 import castling_deploy
 from castling_deploy import bundled
@@ -200,7 +200,6 @@ def test_verify_names_what_was_changed_after_the_export(tmp_path: Path) -> None:
 
 def test_verify_finds_a_wrong_model_whose_hashes_were_mended(tmp_path: Path) -> None:
     """Somebody exchanges the model and writes its hash into the manifest: the golden outputs still tell."""
-    import hashlib
 
     first = castling("export", "--target", "onnx", "--no-benchmark", "--output", tmp_path / "a", "--json")
     network = castling_deploy.load()
@@ -210,8 +209,6 @@ def test_verify_finds_a_wrong_model_whose_hashes_were_mended(tmp_path: Path) -> 
     path = Path(artifact_of(first, "onnx")["path"])
     assert wrong.path is not None
     (path / "model.onnx").write_bytes((wrong.path / "model.onnx").read_bytes())
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"]["model.onnx"] = hashlib.sha256((path / "model.onnx").read_bytes()).hexdigest()
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    reseal(path)
     again = castling("verify", path)
     assert again.code == 3 and "FAIL" in again.err
