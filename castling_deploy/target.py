@@ -168,6 +168,7 @@ TARGETS: Mapping[str, str] = {
     "tensorrt": "castling_deploy.export.to_tensorrt:TensorRTTarget",
     "coreml": "castling_deploy.export.to_coreml:CoreMLTarget",
     "executorch": "castling_deploy.export.to_executorch:ExecuTorchTarget",
+    "coreai": "castling_deploy.export.to_coreai:CoreAITarget",
 }
 ALIASES: Mapping[str, str] = {
     "trt": "tensorrt",
@@ -175,6 +176,7 @@ ALIASES: Mapping[str, str] = {
     "mlpackage": "coreml",
     "ios": "coreml",
     "pte": "executorch",
+    "aimodel": "coreai",
 }
 
 
