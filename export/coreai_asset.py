@@ -125,11 +125,12 @@ def floats(values: Any) -> frozenset[str]:
 def counts(contents: AssetContents) -> dict[str, int]:
     """How many operations of each kind and type of result there are, composites' own in the composite's name."""
     found = Counter(
-        " ".join(
-            [operation.name if operation.graph == FUNCTION else f"{operation.graph}/{operation.name}"]
-            + sorted(operation.results)
-        )
+        " ".join([label(operation), *sorted(operation.results)])
         for operation in contents.operations
         if operation.name not in {"constant", "output"}
     )
     return dict(sorted(found.items()))
+
+
+def label(operation: Operation) -> str:
+    return operation.name if operation.graph == FUNCTION else f"{operation.graph}/{operation.name}"
