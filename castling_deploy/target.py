@@ -163,6 +163,18 @@ class Target(Protocol):
         """The artefact of `folder`, loaded by the strongest witness present here. Raises ExportError."""
 
 
+class SlowWitness(Protocol):
+    """A target whose witness is too slow for all probes in some precisions: an optional member of it."""
+
+    images: Mapping[Precision, int]  # real images that the witness can afford; a precision left out: all of them
+
+
+def images_for(target: Target, precision: Precision) -> int | None:
+    """How many real images the witness of this target can afford; None: all of them."""
+    images: Mapping[Precision, int] = getattr(target, "images", {})
+    return images.get(precision)
+
+
 TARGETS: Mapping[str, str] = {
     "onnx": "castling_deploy.export.to_onnx:OnnxTarget",
     "tensorrt": "castling_deploy.export.to_tensorrt:TensorRTTarget",

@@ -27,7 +27,7 @@ from castling_deploy.parity import (
     worst,
 )
 from castling_deploy.quiet import toolchain
-from castling_deploy.target import Artifact, Precision, Session, Target
+from castling_deploy.target import Artifact, Precision, Session, Target, images_for
 from castling_deploy.task import Derived, Outputs, Task
 
 
@@ -46,19 +46,27 @@ def verify_artifact(
     precision: Precision,
     advance: Callable[[float], None] = lambda share: None,
 ) -> ParityReport:
-    """Run the artefact on all probes and compare every output; the report holds every rung of the ladder."""
-    inputs = inputs_for(artifact.inputs[0], ladder.probes)
+    """Run the artefact on the probes and compare every output; the report holds every rung of the ladder.
+
+    A witness that is too slow for all probes gets the first of the real images, and every other probe. It is not
+    scored: the task's score of few images says nothing beside that of all.
+    """
+    affordable = images_for(target, precision)
+    probes = ladder.probes if affordable is None else ladder.probes.few(affordable)
+    inputs = inputs_for(artifact.inputs[0], probes)
     with opened(target, folder) as session:
         outputs = run_artifact(session, artifact, inputs, advance)
         witness = session.witness
+    rows = ladder.probes.rows(probes)[: len(inputs)]
     references = {
-        name: replace(reference, outputs=reference.outputs[: len(inputs)])
+        name: replace(reference, outputs=reference.outputs[rows], real=probes.real)
         for name, reference in ladder.references.items()
     }
+    scored = references.keys() <= outputs.keys() and probes.real == ladder.probes.real
     report = WitnessReport(
         witness,
-        compared(ladder.task, outputs, references, TOLERANCES[precision], ladder.probes.preprocessing.size),
-        ladder.score(outputs) if references.keys() <= outputs.keys() else None,
+        compared(ladder.task, outputs, references, TOLERANCES[precision], probes.preprocessing.size),
+        ladder.score(outputs) if scored else None,
     )
     rel = worst(output.rel for output in report.outputs)
     exported = Rung(EXPORTED, rel, TOLERANCES[precision].limit, report.verdict)

@@ -16,6 +16,7 @@ from castling_deploy.export.coreai_program import FUNCTION
 PROGRAM, DIGEST, METADATA = "main.mlirb", "main.hash", "metadata.json"
 OURS = "castling"  # the key of our facts in the metadata that a creator may define
 FLOATS = {"f16": "float16", "f32": "float32", "bf16": "bfloat16", "f64": "float64"}  # MLIR's names, and numpy's
+PARAMETRISED = frozenset({"coreai.interpolate"})  # takes its scale and offset as float32 constants, whatever it scales
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,13 @@ def named(attributes: Any, types: Any) -> tuple[tuple[str, str], ...]:
 
 
 def operations_of(operation: Any, graph: str) -> Iterator[Operation]:
-    """Every operation inside `operation`, in order, regions after their owner."""
+    """Every operation inside `operation`, in order, regions after their owner; of constants those that are data."""
     for region in operation.regions:
         for block in region.blocks:
             for inner in (found.operation for found in block.operations):
                 name = inner.name.rpartition(".")[2]
+                if name == "constant" and all(use.owner.name in PARAMETRISED for use in inner.results[0].uses):
+                    continue
                 if name == "graph":
                     yield from operations_of(inner, composite(inner.attributes["sym_name"].value))
                     continue
