@@ -14,6 +14,7 @@ from castling_deploy.errors import ExportError
 from castling_deploy.export.coreai_program import FUNCTION
 
 PROGRAM, DIGEST, METADATA = "main.mlirb", "main.hash", "metadata.json"
+MAGIC = b"ML\xefR"  # of MLIR's bytecode
 OURS = "castling"  # the key of our facts in the metadata that a creator may define
 FLOATS = {"f16": "float16", "f32": "float32", "bf16": "bfloat16", "f64": "float64"}  # MLIR's names, and numpy's
 PARAMETRISED = frozenset({"coreai.interpolate"})  # takes its scale and offset as float32 constants, whatever it scales
@@ -59,13 +60,16 @@ def write_asset(program: Any, path: Path, description: str, facts: Mapping[str, 
 def require_whole(path: Path) -> None:
     """Raises ExportError for an asset with a file missing or a program that is not the one its digest was made of.
 
-    The runtime (1.0.0b3) does not look at the digest itself.
+    The runtime (1.0.0b3) does not look at the digest itself, and ends the process when the program cannot be read.
     """
     hint = "export the network again"
     for name in (PROGRAM, DIGEST, METADATA):
         if not (path / name).is_file():
             raise ExportError(f"there is no {name} in {path}", hint=hint)
-    if hashlib.sha256((path / PROGRAM).read_bytes()).digest() != (path / DIGEST).read_bytes():
+    data = (path / PROGRAM).read_bytes()
+    if not data.startswith(MAGIC):
+        raise ExportError(f"{path.name} is damaged: {PROGRAM} is no program", hint=hint)
+    if hashlib.sha256(data).digest() != (path / DIGEST).read_bytes():
         raise ExportError(f"{path.name} is damaged: {PROGRAM} does not have the digest in {DIGEST}", hint=hint)
     try:
         json.loads((path / METADATA).read_text())
@@ -79,7 +83,7 @@ def read_asset(path: Path) -> AssetContents:
 
     require_whole(path)
     try:
-        module = AIModelAsset.load(path).program._module._mlir_module
+        module: Any = AIModelAsset.load(path).program._module._mlir_module
     except (RuntimeError, ValueError) as error:
         raise ExportError(f"coreai does not read {path.name}: {error}", hint="export the network again") from error
     (function,) = (found for found in module.body.operations if found.attributes["sym_name"].value == FUNCTION)
