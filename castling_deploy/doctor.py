@@ -16,6 +16,8 @@ TOOLS = (
     "onnxscript",
     "onnxruntime",
     "coremltools",
+    "coreai-core",
+    "coreai-torch",
     "executorch",
     "tensorrt",
     "tensorrt-rtx",

@@ -59,6 +59,11 @@ class Probes:
             truth=None if self.truth is None else self.truth[:keep],
         )
 
+    def rows(self, few: Probes) -> list[int]:
+        """Which of these inputs, in the order of `tensors`, those of `self.few(...)` are."""
+        structured = range(self.real, len(self.images))
+        return [*range(few.real), *structured, *(len(self.images) + extreme for extreme in range(few.extremes))]
+
     def affordable(self, values: int) -> Probes:
         """As many of them as keep the outputs of a network, `values` numbers per image, below MEMORY bytes; LEAST real
         images and one structured one in any case. A segmenter of 150 classes returns 157 MB for 512 x 512 pixels."""

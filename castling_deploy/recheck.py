@@ -106,7 +106,7 @@ def verify(
 def _able(target: Target, folder: Folder, on: Sequence[str]) -> tuple[tuple[Runner, ...], tuple[Absent, ...]]:
     """Who can run the folder's artefact here, and who cannot. One that was named and is missing is an error."""
     able, absent = [], []
-    for runner in chosen(target, on):
+    for runner in chosen(target, folder.precision, on):
         missing = runner.missing()
         if missing is None:
             able.append(runner)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from castling_deploy.errors import UsageError
 from castling_deploy.suggest import did_you_mean
-from castling_deploy.target import TARGETS, Artifact, Missing, Precision, Target, Witness, target_named
+from castling_deploy.target import TARGETS, Artifact, Missing, Precision, Target, Witness, images_for, target_named
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,14 +78,17 @@ ALL = "all"
 
 
 class OwnWitness:
-    """A target's own witness: the strongest of its vendor's runtimes that is present here."""
+    """A target's own witness: the strongest of its vendor's runtimes that is present here.
 
-    def __init__(self, target: Target) -> None:
+    What it can afford depends on the precision of the artefact.
+    """
+
+    def __init__(self, target: Target, precision: Precision | None = None) -> None:
         self._target = target
         self._witness = target.witness()
         self.name = target.runtime
         self.targets: tuple[str, ...] = (target.name,)
-        self.images: int | None = None
+        self.images: int | None = None if precision is None else images_for(target, precision)
 
     def missing(self) -> Missing | None:
         return self._target.missing()
@@ -111,19 +114,19 @@ def runners() -> tuple[Runner, ...]:
     return tuple(found)
 
 
-def runners_of(target: Target) -> Mapping[str, Runner]:
+def runners_of(target: Target, precision: Precision | None = None) -> Mapping[str, Runner]:
     """Whoever runs artefacts of this target, by name; its own witness first."""
-    own: Runner = OwnWitness(target)
+    own: Runner = OwnWitness(target, precision)
     others = (runner for runner in runners() if target.name in runner.targets)
     return {runner.name: runner for runner in (own, *others)}
 
 
-def chosen(target: Target, names: Sequence[str]) -> tuple[Runner, ...]:
+def chosen(target: Target, precision: Precision, names: Sequence[str]) -> tuple[Runner, ...]:
     """The runners of this target that were asked for: its own where none was, every one for `all`.
 
     A name that other targets know is passed over. Raises UsageError with a suggestion for one that nobody knows.
     """
-    found = runners_of(target)
+    found = runners_of(target, precision)
     if not names:
         return (next(iter(found.values())),)
     known = [ALL, *(one for entry in TARGETS for one in runners_of(target_named(entry)))]

@@ -192,11 +192,24 @@ class Scripted(Protocol):
         """Source of `run(folder, inputs)`: arrays by name, in the shapes of the artefact, to outputs by name."""
 
 
+class SlowWitness(Protocol):
+    """A target whose witness is too slow for all probes in some precisions: an optional member of it."""
+
+    images: Mapping[Precision, int]  # real images that the witness can afford; a precision left out: all of them
+
+
+def images_for(target: Target, precision: Precision) -> int | None:
+    """How many real images the witness of this target can afford; None: all of them."""
+    images: Mapping[Precision, int] = getattr(target, "images", {})
+    return images.get(precision)
+
+
 TARGETS: Mapping[str, str] = {
     "onnx": "castling_deploy.export.to_onnx:OnnxTarget",
     "tensorrt": "castling_deploy.export.to_tensorrt:TensorRTTarget",
     "coreml": "castling_deploy.export.to_coreml:CoreMLTarget",
     "executorch": "castling_deploy.export.to_executorch:ExecuTorchTarget",
+    "coreai": "castling_deploy.export.to_coreai:CoreAITarget",
 }
 ALIASES: Mapping[str, str] = {
     "trt": "tensorrt",
@@ -204,6 +217,7 @@ ALIASES: Mapping[str, str] = {
     "mlpackage": "coreml",
     "ios": "coreml",
     "pte": "executorch",
+    "aimodel": "coreai",
 }
 
 

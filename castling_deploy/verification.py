@@ -59,7 +59,7 @@ def verify_artifact(
     lowered: Rung | None = None,
 ) -> ParityReport:
     """Its own witness runs the artefact on all probes, and every output is compared; every rung of the ladder."""
-    report = witnessed(OwnWitness(target), artifact, folder, ladder, precision, advance, call)
+    report = witnessed(OwnWitness(target, precision), artifact, folder, ladder, precision, advance, call)
     return parity_report(ladder, precision, (report,), lowered)
 
 
@@ -99,15 +99,20 @@ def witnessed(
     advance: Advance = lambda share: None,
     call: Call = here,
 ) -> WitnessReport:
-    """What `runner` makes of the probes, or of the first of them that it can afford."""
-    inputs = inputs_for(artifact.inputs[0], ladder.probes)[: runner.images]
+    """What `runner` makes of the probes; one that is too slow gets the first of the real images, and every other probe.
+
+    It is not scored then: the task's score of few images says nothing beside that of all.
+    """
+    probes = ladder.probes if not runner.images else ladder.probes.few(runner.images)
+    inputs = inputs_for(artifact.inputs[0], probes)
     witness, outputs = observed(runner, artifact, folder, inputs, advance, call)
+    rows = ladder.probes.rows(probes)[: len(inputs)]
     references = {
-        name: replace(reference, outputs=reference.outputs[: len(inputs)], real=min(reference.real, len(inputs)))
+        name: replace(reference, outputs=reference.outputs[rows], real=probes.real)
         for name, reference in ladder.references.items()
     }
     report = testimony(runner, witness, outputs, references, ladder.task, precision, ladder.probes.preprocessing.size)
-    complete = references.keys() <= outputs.keys() and len(inputs) >= ladder.probes.real
+    complete = references.keys() <= outputs.keys() and probes.real == ladder.probes.real
     return replace(report, score=ladder.score(outputs) if complete else None)
 
 

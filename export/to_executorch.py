@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from castling_deploy.errors import ExportError, ShapeError
 from castling_deploy.export.executorch_session import METADATA, ExecuTorchSession
 from castling_deploy.export.pte_contents import PteContents, pte_contents
+from castling_deploy.export.torch_half import in_half
 from castling_deploy.export.xnnpack_forms import in_xnnpack_forms
 from castling_deploy.target import Artifact, Missing, Network, Precision, Session, Witness, WitnessKind
 
@@ -183,24 +183,6 @@ def traced(network: Network, precision: Precision) -> torch.export.ExportedProgr
             return torch.export.export(module, network.example())
     except Exception as error:  # torch.export raises errors of a dozen classes, most of them private
         raise ExportError(f"torch.export refuses the network: {error}") from error
-
-
-def in_half(module: nn.Module) -> nn.Module:
-    """A copy with float16 weights and arithmetic that takes and returns float32."""
-    from torch import Tensor, nn
-
-    class Half(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = copy.deepcopy(module).half()
-
-        def forward(self, image: Tensor) -> Tensor | tuple[Tensor, ...]:
-            outputs = self.network(image.half())
-            if isinstance(outputs, tuple):
-                return tuple(output.float() for output in outputs)
-            return outputs.float()
-
-    return Half().eval()
 
 
 def metadata(network: Network) -> str:

@@ -22,6 +22,8 @@ HEAVY = (
     "onnxruntime",
     "onnxscript",
     "coremltools",
+    "coreai",
+    "coreai_torch",
     "executorch",
     "tensorrt",
     "tensorrt_rtx",
@@ -124,7 +126,7 @@ def test_every_family_keeps_the_protocol() -> None:
 
 
 def test_aliases_and_registry_resolve() -> None:
-    for name in ("trt", "engine", "mlpackage", "ios", "pte", " ONNX "):
+    for name in ("trt", "engine", "mlpackage", "ios", "pte", "aimodel", " ONNX "):
         assert target_named(name).name in TARGETS
 
 

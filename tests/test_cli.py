@@ -76,7 +76,7 @@ USAGE = {
             f"'{target}' has no option --nms",
             "leave it out",
         )
-        for target in ("coreml", "executorch", "tensorrt")
+        for target in ("coreml", "coreai", "executorch", "tensorrt")
     },
     "boxes of a classifier": (
         ["export", "--target", "onnx", "--nms"],
@@ -331,7 +331,9 @@ def test_inspect_tells_size_work_cast_and_folds(name: str, checkpoint_file: File
 def test_doctor_tells_every_target_and_how_to_mend_it() -> None:
     run = castling("doctor", "--json")
     assert run.code == 0
-    assert {target["target"] for target in run.document["targets"]} == {"onnx", "tensorrt", "coreml", "executorch"}
+    names = {target["target"] for target in run.document["targets"]}
+    assert names == {"onnx", "tensorrt", "coreml", "coreai", "executorch"}
+    assert {"coreai-core", "coreai-torch"} <= run.document["tools"].keys()
     assert all(
         target["missing"] is None or "pip install" in target["missing"]["fix"] for target in run.document["targets"]
     )

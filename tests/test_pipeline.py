@@ -14,7 +14,7 @@ from edits import reseal
 import castling_deploy
 from castling_deploy import bundled
 from castling_deploy.artifact import read_folder
-from castling_deploy.target import TARGETS, target_named
+from castling_deploy.target import TARGETS, Precision, images_for, target_named
 
 # Every precision of every target, on both bundled networks: (network, target, precision).
 EVERYTHING = [
@@ -88,6 +88,10 @@ def test_every_artefact_computes_what_pytorch_computes(
     assert parity["accuracy"]["metric"] == metric
     assert parity["accuracy"]["trained"] >= least
     assert parity["accuracy"]["trained"] - parity["accuracy"]["reference"] <= 0.5
+    affordable = images_for(target_named(target), Precision(precision))
+    if affordable is not None:
+        assert affordable < parity["probes"] < 2 * affordable + 5 and witness["accuracy"] is None
+        return
     differs = abs(witness["accuracy"] - parity["accuracy"]["reference"])
     assert differs <= (fp32_differs if precision == "fp32" else fp16_differs)
 
@@ -168,7 +172,7 @@ def test_verify_passes_on_what_export_wrote_and_opens_it_from_numpy(
 def test_two_runs_in_two_processes_give_the_same_bytes(deployed: Callable[[str, str], Run], tmp_path: Path) -> None:
     """Engines are left out: NVIDIA's builder chooses kernels anew."""
     first = deployed(bundled.DEFAULT, "fp32")
-    targets = ("onnx", "coreml", "executorch")
+    targets = ("onnx", "coreml", "coreai", "executorch")
     second = castling(
         "export", "--target", ",".join(targets), "--precision", "fp32", "--no-benchmark", "--output", tmp_path, "--json"
     )

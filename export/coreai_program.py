@@ -1,0 +1,85 @@
+"""A network becomes a Core AI program, the same bytes in every process."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from castling_deploy.errors import ExportError, ShapeError
+from castling_deploy.export.torch_half import in_half
+from castling_deploy.target import Network, Precision
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+FUNCTION = "main"  # the entry point that coreai-torch gives a program
+
+
+def exported_program(network: Network, precision: Precision) -> torch.export.ExportedProgram:
+    """What torch.export sees, with what Core AI knows as one operation left whole. Raises ShapeError, ExportError."""
+    import torch
+    from coreai_torch import get_decomp_table
+
+    for spec in (*network.inputs, *network.outputs):
+        if min(spec.shape) < 1:
+            raise ShapeError(
+                f"'{spec.name}' has the shape {spec.shape}, and this target writes fixed shapes",
+                hint="give every axis a size: --batch-size, --imgsz",
+            )
+    module = with_affine_norms(in_half(network.module)) if precision is Precision.FP16 else network.module
+    try:
+        with torch.no_grad():
+            return torch.export.export(module, network.example()).run_decompositions(get_decomp_table())
+    except Exception as error:  # torch.export raises errors of a dozen classes, most of them private
+        raise ExportError(f"torch.export refuses the network: {error}") from error
+
+
+def with_affine_norms(module: nn.Module) -> nn.Module:
+    """`module`, changed in place: a LayerNorm whose scale and bias were folded away has them again, as ones and zeros.
+
+    coreai-torch 0.4.3 gives a LayerNorm without them float32 ones and zeros, and float32 leaves the Neural Engine.
+    """
+    import torch
+    from torch import nn
+
+    for norm in module.modules():
+        if isinstance(norm, nn.LayerNorm) and norm.weight is None:
+            norm.weight = nn.Parameter(torch.ones(norm.normalized_shape, dtype=torch.float16), requires_grad=False)
+            norm.bias = nn.Parameter(torch.zeros(norm.normalized_shape, dtype=torch.float16), requires_grad=False)
+    return module
+
+
+def converted(program: torch.export.ExportedProgram, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Any:
+    """The program as coreai's AIProgram, its inputs and outputs named. Raises ExportError."""
+    from coreai_torch import TorchConverter
+
+    converter = TorchConverter(mode=TorchConverter.Mode.RELEASE)
+    try:
+        converter.add_exported_program(program, input_names=inputs, output_names=outputs)
+        return reproducible(converter.to_coreai())
+    except Exception as error:  # ValueError, NotImplementedError, RuntimeError, MLIRError, ...
+        raise ExportError(f"coreai-torch refuses the network: {error}") from error
+
+
+def reproducible(program: Any) -> Any:
+    """The same program without source locations, its private graphs and its weights numbered in their order.
+
+    coreai-core 1.0.0b3 names graphs with random letters and weights with a hash that differs from process to process,
+    and locations are paths of this machine. MLIR's text can be read back without loss: weights are hexadecimal.
+    """
+    from coreai._compiler.ir import Module
+    from coreai.authoring import AIProgram
+
+    module = program._module._mlir_module
+    text: str = module.operation.get_asm(enable_debug_info=False)
+    text = numbered(text, r"resource_\d{5,}", "weight")
+    for stem in sorted(set(re.findall(r"coreai\.graph private [^@]*@(\w+)_[a-z]{8}\(", text))):
+        text = numbered(text, rf"(?<=@){stem}_[a-z]{{8}}\b", stem)
+    return AIProgram._from_mlir_module(Module.parse(text, context=module.context))
+
+
+def numbered(text: str, pattern: str, stem: str) -> str:
+    """`text` with every different match of `pattern` called `stem`_0, `stem`_1, ... in the order of appearance."""
+    names: dict[str, str] = {}
+    return re.sub(pattern, lambda match: names.setdefault(match[0], f"{stem}_{len(names)}"), text)

@@ -1,0 +1,198 @@
+"""Core AI: one model.aimodel, for iOS 27, macOS 27 and later."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from castling_deploy.errors import ExportError
+from castling_deploy.export.coreai_asset import AssetContents, counts, read_asset, write_asset
+from castling_deploy.export.coreai_program import FUNCTION, converted, exported_program
+from castling_deploy.export.coreai_session import CoreAISession
+from castling_deploy.target import Artifact, Missing, Network, Precision, Session, Witness, WitnessKind
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FILE = "model.aimodel"
+# A beta: the converter, the reading back and the runtime were checked with these, and the formats still move.
+PACKAGES = {"coreai-core": "1.0.0b3", "coreai-torch": "0.4.3"}
+FIX = "pip install 'castling-deploy[coreai]'"
+DTYPES = {Precision.FP32: "float32", Precision.FP16: "float16"}
+PRODUCTS = ("matmul", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+SLOW_IMAGES = 12  # with the structured probes about 25 inputs, 7 to 20 s
+STATISTICS = frozenset({"layer_norm"})  # coreai-torch computes their mean and variance in float32
+
+USAGE = """\
+Swift, on iOS 27 or macOS 27 and later:
+
+```swift
+import CoreAI
+
+let model = try await AIModel(contentsOf: modelURL)
+let function = try model.loadFunction(named: "{function}")!
+let image = NDArray(scalars: pixels, shape: {shape})    // [Float], normalised
+var outputs = try await function.run(inputs: ["{input}": image])
+let logits = outputs.remove("{output}")!.ndArray!    // {logits} float32
+```
+
+Python, on Linux x86-64 or a Mac, in a coroutine:
+
+```python
+from coreai.authoring import AIModelAsset
+from coreai.runtime import NDArray
+
+async with AIModelAsset.load("{file}").executable() as model:
+    function = model.load_function("{function}")
+    outputs = await function({{"{input}": NDArray(image)}})    # {shape} float32, normalised
+    logits = outputs["{output}"].numpy()
+```
+"""
+
+
+@dataclass(frozen=True)
+class CoreAIOptions:
+    """There is nothing to choose: shapes are fixed, and the device decides where it runs."""
+
+
+class CoreAITarget:
+    """One model.aimodel with fixed shapes, in float32 or with float16 weights and arithmetic.
+
+    In float16 the interface stays float32, and a LayerNorm, one operation to a device, is written out with float32
+    statistics: that is how the interpreter on Linux computes it.
+    """
+
+    name = "coreai"
+    extra = "coreai"
+    runtime = "coreai"
+    selftests: Mapping[str, str] = {"selftest.py": "run_coreai.py"}
+    precisions: tuple[Precision, ...] = (Precision.FP16, Precision.FP32)
+    options: type[Any] = CoreAIOptions
+
+    @property
+    def images(self) -> Mapping[Precision, int]:
+        """The interpreter on Linux computes float16 number by number: 0.3 to 0.7 s for an image of 128 pixels."""
+        return {} if sys.platform == "darwin" else {Precision.FP16: SLOW_IMAGES}
+
+    def missing(self) -> Missing | None:
+        if (sys.platform, platform.machine()) != ("linux", "x86_64") and sys.platform != "darwin":
+            return Missing(
+                f"Core AI's packages have no wheels for {platform.system()} on {platform.machine()}",
+                f"{FIX}, on macOS or on Linux x86-64, which have wheels",
+            )
+        for package, needed in PACKAGES.items():
+            installed = installed_version(package)
+            if installed is None:
+                return Missing(f"{package} is not installed", FIX)
+            if installed != needed:
+                return Missing(f"{package} {installed} is installed, and {needed} is needed", FIX)
+        return None
+
+    def unfinished(self) -> Missing | None:
+        return None
+
+    def witness(self) -> Witness:
+        core = installed_version("coreai-core") or PACKAGES["coreai-core"]
+        place = (
+            f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else f"CPU interpreter, {platform.system()}"
+        )
+        return Witness(f"coreai-core {core} ({place})", WitnessKind.RUNTIME)
+
+    def refuse(self, options: CoreAIOptions, batch_size: int) -> None:
+        pass  # every batch can be fixed
+
+    def lowered(self, network: Network, options: CoreAIOptions) -> nn.Module:
+        return exported_program(network, Precision.FP32).module(check_guards=False)
+
+    def export(self, network: Network, precision: Precision, options: CoreAIOptions, folder: Path) -> Artifact:
+        inputs, outputs = (tuple(spec.name for spec in specs) for specs in (network.inputs, network.outputs))
+        program = converted(exported_program(network, precision), inputs, outputs)
+        write_asset(program, folder / FILE, network.description, network.metadata)
+        contents = read_asset(folder / FILE)
+        check(contents, network, precision)
+        (image,), logits = network.inputs, network.outputs[0]
+        usage = USAGE.format(
+            function=FUNCTION,
+            input=image.name,
+            shape=list(image.shape),
+            output=logits.name,
+            logits=list(logits.shape),
+            file=FILE,
+        )
+        return Artifact(
+            (FILE,),
+            network.inputs,
+            network.outputs,
+            {package: version(package) for package in ("torch", *PACKAGES)},
+            ("Core AI on iOS 27 or macOS 27", "coreai-core on Linux x86-64"),
+            usage,
+            facts(contents, precision),
+        )
+
+    @contextmanager
+    def load(self, folder: Path, *, threads: int = 1) -> Iterator[Session]:
+        """The interpreter on Linux is one thread whatever is asked for; on macOS Core AI chooses alone."""
+        session = CoreAISession(folder / FILE, self.witness())
+        try:
+            yield session
+        finally:
+            session.close()
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def check(contents: AssetContents, network: Network, precision: Precision) -> None:
+    """Raises ExportError unless the asset has the network's interface, and all its arithmetic the precision asked for.
+
+    The border may cast, and a norm may keep its statistics in float32.
+    """
+    asked = {DTYPES[precision]}
+    products = [operation for operation in contents.operations if operation.name.endswith(PRODUCTS)]
+    wrong = [operation for operation in products if operation.floats != asked]
+    wrong += [
+        operation
+        for operation in contents.operations
+        if operation.results - asked and operation.name != "cast" and operation.graph not in STATISTICS
+    ]
+    if wrong or not products:
+        found = ", ".join(f"{one.name} in {' and '.join(sorted(one.floats))}" for one in wrong[:3])
+        raise ExportError(
+            f"{precision} was asked for, and not built: {found or 'there is no product'}", hint="report this network"
+        )
+    interface = [(spec.name, mlir_type(spec.shape)) for spec in (*network.inputs, *network.outputs)]
+    if [*contents.inputs, *contents.outputs] != interface:
+        raise ExportError(f"the asset's interface is {[*contents.inputs, *contents.outputs]}, not {interface}")
+
+
+def mlir_type(shape: tuple[int, ...]) -> str:
+    """Of a float32 tensor of this shape."""
+    return f"tensor<{'x'.join(map(str, shape))}xf32>"
+
+
+def facts(contents: AssetContents, precision: Precision) -> dict[str, Any]:
+    """What the report says about the asset."""
+    products = Counter(
+        " and ".join(sorted(operation.floats)) for operation in contents.operations if operation.name.endswith(PRODUCTS)
+    )
+    norms = sum(operation.graph == FUNCTION and operation.name == "invoke" for operation in contents.operations)
+    return {
+        "minimum_os": "27",
+        "products": dict(products),
+        "composites": norms,
+        "operations": counts(contents),
+        "notes": ["a LayerNorm's mean and variance are float32"]
+        if precision is Precision.FP16 and any(operation.graph in STATISTICS for operation in contents.operations)
+        else [],
+    }
