@@ -22,7 +22,7 @@ from castling_deploy.probes import probes_for
 from castling_deploy.progress import Progress, Silent
 from castling_deploy.quiet import toolchain
 from castling_deploy.request import Request, Step, plan
-from castling_deploy.target import Artifact, Missing, refuse_for_task
+from castling_deploy.target import Artifact, Missing, Precision, refuse_for_task
 from castling_deploy.task import task_named
 from castling_deploy.verification import measure, verify_artifact
 
@@ -90,11 +90,12 @@ def produce(request: Request, step: Step, card: ModelCard, ladder: Ladder, progr
     missing = step.target.missing()
     if missing is not None:
         return Result(step, missing=missing)
-    network = written.network_for(card, ladder.folded, request.batch_size)
     path = folder_of(request, card, step)
     try:
         with artifact_folder(path, overwrite=request.overwrite) as folder:
             with progress.stage(f"{step.target.name}: export {step.precision}"), toolchain(step.target.name):
+                audit = ladder.range_audit if step.precision is Precision.FP16 else None
+                network = written.network_for(card, ladder.folded, request.batch_size, audit)
                 artifact = step.target.export(network, step.precision, step.options, folder)
             with progress.stage(f"{step.target.name}: verify") as advance:
                 parity = verify_artifact(step.target, artifact, folder, ladder, step.precision, advance)
