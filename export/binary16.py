@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-LARGEST, SMALLEST_NORMAL, SMALLEST, UNIT_ROUNDOFF = 65504.0, 2.0**-14, 2.0**-24, 2.0**-11
+LARGEST, SMALLEST_NORMAL, UNIT_ROUNDOFF = 65504.0, 2.0**-14, 2.0**-11
 # A float16 sum of equal terms stops growing here: the next term is less than half a unit in the last place.
 LONGEST_SUM = 2**11
 

@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 from castling_deploy.errors import ExportError, UsageError
 from castling_deploy.export.attesting import attestation
+from castling_deploy.export.binary16 import SMALLEST_NORMAL
 from castling_deploy.export.coreml_package import classify, describe, distinct, write_package
 from castling_deploy.export.coreml_program import converted, exported_program
 from castling_deploy.export.coreml_session import EvaluatedSession, PredictSession
-from castling_deploy.export.mil_evaluator import SMALLEST_NORMAL, load_program
+from castling_deploy.export.mil_evaluator import load_program
 from castling_deploy.export.mil_package import Package, read_package
 from castling_deploy.target import (
     Artifact,

@@ -19,13 +19,16 @@ from castling_deploy.target import Network
 from castling_deploy.task import task_named
 
 LAYER = "blocks.0.mlp"
-FACTOR = 2.0**16  # what the hidden values of LAYER are multiplied by, and the weights after them divided by
+FACTOR = 2.0**14  # what the hidden values of LAYER are multiplied by, and the weights after them divided by
 
 
 @torch.no_grad()
 def planted_network(factor: float = FACTOR) -> nn.Module:
-    """In training form: a DeiT of one block whose hidden values are `factor` times what they were."""
-    network = conditioned(CastlingDeiT(replace(SMALL_DEIT, depth=1)))
+    """In training form: the first of a DeiT's two blocks has hidden values `factor` times what they were.
+
+    Not the last: what it makes of other tokens than the class token reaches no output.
+    """
+    network = conditioned(CastlingDeiT(SMALL_DEIT))
     mlp = network.get_submodule(LAYER)
     assert isinstance(mlp, Mlp)
     for tensor in (mlp.fc1.weight, mlp.fc1.bias):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from dataclasses import replace
@@ -11,12 +12,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from deployments import castling
 from folded_networks import network_of
 from onnx.reference import ReferenceEvaluator
-from planted import FACTOR, LAYER, exporters_view, planted
+from planted import LAYER, exporters_view, planted
 from torch import nn
 
 from castling_deploy import bundled
+from castling_deploy.artifact import read_folder
 from castling_deploy.castle import castle
 from castling_deploy.checkpoint import read
 from castling_deploy.documents import audit_document
@@ -269,7 +272,19 @@ def test_the_summary_is_json_with_the_ten_operations_nearest_to_the_edge() -> No
     assert [island["path"] for island in document["islands"]] == [LAYER]
     bits = [op["headroom_bits"] for op in document["least_headroom"]]
     assert len(bits) == 10 and bits == sorted(bits) and bits[0] < 0
-    assert document["eps"]["safe_from"] == 2**-14 and document["value_scaling"]["used"] == 1
-    assert FACTOR > LARGEST and np.isfinite(document["rel_rounded"])
+    assert document["eps"]["safe_from"] == 2**-14 and document["value_scaling"]["used"] == 2
+    assert document["rel_rounded"] < NEAR
     assert replace(planted().range_audit, islands=()).module_paths() == ()
     assert network_of(planted().folded, SIZE).islands == ()
+
+
+def test_an_export_keeps_the_islands_and_says_why(tmp_path: Path) -> None:
+    export = ["export", "--model", "castling-levit-digits-detector", "--target", "onnx"]
+    assert castling(*export, "--precision", "fp16", "--output", tmp_path).code == 0
+    folder = read_folder(tmp_path / "castling-levit-digits-detector-onnx-fp16")
+    found = json.loads((folder.path / "parity.json").read_text())["range_audit"]
+    paths = [island["path"] for island in found["islands"]]
+    assert "backbone.stem.conv2" in paths and "of the 0.02 that the gate allows" in found["islands"][0]["reason"]
+    assert f"- in float32: {', '.join(paths)} " in (folder.path / "README.md").read_text()
+    attested = target_named("onnx").attest(folder.path, folder.artifact, Precision.FP16)
+    assert attested.problems == () and attested.products["fp32"] == sum(".conv" in path for path in paths)
