@@ -6,7 +6,7 @@ EXTRAS ?= coreml,coreai,executorch,tensorrt-rtx,openvino,qnn,dev
 OUTPUT ?= castling-out
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: export test lint models install clean
+.PHONY: export test lint models mutations install clean
 
 export: install  ## the main job: the bundled network to TARGET
 	$(VENV)/bin/castling-export --target $(TARGET) --output $(OUTPUT) --overwrite
@@ -21,6 +21,10 @@ lint: install
 
 models: install  ## count weights and multiply-accumulates again: bundled/models.json, docs/models.md
 	$(VENV)/bin/python benchmarks/count_models.py
+
+mutations: install  ## the gate's kill rate and its false alarms: benchmarks/results/mutations.csv, false_alarms.csv
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/mutations.py
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/bin/python benchmarks/false_alarms.py
 
 install: $(VENV)/installed
 

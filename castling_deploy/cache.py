@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from castling_deploy.folder import remove_stale
 
 
 def cache_folder(name: str) -> Path:
@@ -21,11 +22,17 @@ def cache_folder(name: str) -> Path:
 
 @contextmanager
 def being_set_up(name: str) -> Iterator[Path]:
-    """An empty folder beside the cache's, which takes its place when the block ends well, and vanishes otherwise."""
+    """An empty folder beside the cache's, which takes its place when the block ends well, and vanishes otherwise.
+
+    A process killed in the middle leaves at most a hidden folder, which the next set-up of the same name removes.
+    """
     final = cache_folder(name)
     final.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=final.parent))
+    remove_stale(final)
+    partial = final.parent / f".{name}.partial-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed run that had our process number
     try:
+        partial.mkdir()
         yield partial
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from castling_deploy.errors import CastlingError, InconclusiveError, ParityError
+from castling_deploy.errors import CastlingError, InconclusiveError, ParityError, TargetUnavailableError, UsageError
+from castling_deploy.fault import find_fault
+from castling_deploy.isolation import Limits
+from castling_deploy.localise import Localisation
 from castling_deploy.parity import TOLERANCES, ParityReport, Verdict, WitnessReport
 from castling_deploy.progress import Progress
 from castling_deploy.recheck import Recheck, verify
 from castling_deploy.saved import PARITY, read_parity
+from castling_deploy.target import WitnessKind
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,13 @@ class Check:
     decisive: bool = True
     rel: float | None = None
     limit: float | None = None
+    said: str | None = None
 
     @property
     def told(self) -> str:
-        """The numbers in words."""
+        """The numbers in words, or what was `said` where there are none."""
         if self.rel is None:
-            return str(self.verdict)
+            return str(self.verdict) if self.said is None else f"{self.verdict}: {self.said}"
         limit = "" if self.limit is None else f", limit {self.limit:.0e}"
         return f"{self.verdict}: error / spread {self.rel:.1e}{limit}"
 
@@ -44,6 +49,7 @@ class Examined:
     checks: tuple[Check, ...] = ()
     recheck: Recheck | None = None
     error: CastlingError | None = None
+    localisation: Localisation | None = None
 
     @property
     def verdict(self) -> Verdict | None:
@@ -68,20 +74,38 @@ class Examined:
         return 0 if self.conclusion is None else self.conclusion.exit_code
 
 
-def examine(path: Path, checkpoint: Path | None, progress: Progress) -> Examined:
-    """Every check of one folder. What goes wrong with it is in the result, so that it costs no other folder its own."""
+def examine(
+    path: Path,
+    checkpoint: Path | None,
+    progress: Progress,
+    *,
+    on: Sequence[str] = (),
+    limits: Limits | None = None,
+    localise: bool = False,
+) -> Examined:
+    """Every check of one folder. What goes wrong with it is in the result, so that it costs no other folder its own.
+
+    `localise` names the first module that goes wrong, also of a folder that was changed since its export.
+    """
     try:
-        recheck = verify(path, checkpoint, progress)
-        return Examined(path, tuple(_checks(recheck)), recheck)
+        recheck = verify(path, checkpoint, progress, on=on, limits=limits)
+        seen = Examined(path, tuple(_checks(recheck)), recheck)
     except CastlingError as error:
-        return Examined(path, error=error)
+        seen = Examined(path, error=error)
+    if not localise or isinstance(seen.error, UsageError | TargetUnavailableError):
+        return seen
+    try:
+        return replace(seen, localisation=find_fault(path, checkpoint, progress, limits or Limits()))
+    except CastlingError as error:
+        return replace(seen, error=seen.error or error)
 
 
 def _checks(seen: Recheck) -> Iterator[Check]:
     """Without a new comparison with the checkpoint, what the export found counts beside the golden images."""
     limit = TOLERANCES[seen.folder.precision].limit
     yield Check("files", "as they were exported", Verdict.PASS)
-    yield from _outputs("golden images", seen.golden, limit)
+    for report in seen.golden:
+        yield from _outputs("golden images", report, limit)
     if seen.parity is not None:
         yield from _report(f"{seen.parity.probes} images", seen.parity, limit)
         return
@@ -99,5 +123,9 @@ def _report(group: str, report: ParityReport, limit: float) -> Iterator[Check]:
 
 def _outputs(group: str, seen: WitnessReport, limit: float) -> Iterator[Check]:
     by = f"by {seen.witness.name} ({seen.witness.kind})"
+    if seen.failure is not None:
+        yield Check(group, f"run {by}", seen.verdict, said=seen.failure.message)
+    elif seen.witness.kind is WitnessKind.BUILDER:
+        yield Check(group, f"taken {by}", seen.verdict)
     for output in seen.outputs:
-        yield Check(group, f"{output.name}, {by}", output.verdict, True, output.rel, limit)
+        yield Check(group, f"{output.name}, {by}", output.verdict, True, output.rel, seen.limit or limit)

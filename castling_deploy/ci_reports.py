@@ -144,13 +144,13 @@ def markdown(examined: Sequence[Examined]) -> bytes:
     lines = ["### castling verify", "", "| artefact | verdict | largest error / spread | run by |", "|---|---|---|---|"]
     for seen in examined:
         verdict = seen.verdict or "not checked"
-        witness = seen.recheck.golden.witness if seen.recheck is not None else None
+        witnesses = [report.witness for report in seen.recheck.golden] if seen.recheck is not None else []
         rels = [check.rel for check in seen.checks if check.rel is not None and not check.name.startswith("rung ")]
         cells = (
             str(seen.path),
             str(verdict) if verdict is Verdict.PASS else f"**{verdict}**",
             f"{max(rels):.1e}" if rels else "-",
-            f"{witness.name} ({witness.kind})" if witness is not None else "-",
+            "; ".join(f"{witness.name} ({witness.kind})" for witness in witnesses) or "-",
         )
         lines.append(f"| {' | '.join(map(_cell, cells))} |")
     missed = [

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from castling_deploy.checks import Examined
 from castling_deploy.comparison import Comparison, Quantity
 from castling_deploy.doctor import Health
 from castling_deploy.inspection import Inspection
+from castling_deploy.localised_text import print_localised
 from castling_deploy.parity import Verdict
 from castling_deploy.pipeline import Deployment, Result
 from castling_deploy.rejudge import Rejudged
@@ -24,6 +24,7 @@ MEANING = {
     WitnessKind.SIMULATED: "the vendor's simulator",
     WitnessKind.EMULATED: "the device's instructions, emulated",
     WitnessKind.REFERENCE: "the artefact's own program and weights, not the vendor's runtime",
+    WitnessKind.BUILDER: "the vendor's compiler took it; nothing was run",
 }
 STYLES = {Verdict.PASS: "green", Verdict.FAIL: "red", Verdict.INCONCLUSIVE: "yellow"}
 
@@ -118,6 +119,8 @@ def _print_notes(result: Result, console: Console) -> None:
         )
         for warning in result.latency.warnings:
             console.print(f"  ! {warning}", style="yellow")
+    if result.localisation is not None:
+        print_localised(result.localisation, console)
     if result.path is not None:
         console.print(f"  check it again: castling verify {shlex.quote(str(result.path))}", soft_wrap=True)
 
@@ -179,16 +182,21 @@ def print_health(health: Health, console: Console) -> None:
         for missing in (target.missing, target.unfinished):
             if missing is not None:
                 console.print(f"  {target.target}: {missing.reason}\n    {missing.fix}", soft_wrap=True)
-
-
-def print_examined(seen: Examined, console: Console) -> None:
-    """Every output that was run, with its error; of what the export found, only what did not pass."""
-    for check in seen.checks:
-        if check.group == "at its export" and (check.verdict is Verdict.PASS or not check.decisive):
-            continue
-        if check.group != "files":
-            error = "" if check.rel is None else f", error / spread {check.rel:.1e}"
-            console.print(Text.assemble(f"{check.group}: {check.name}: ", marked(check.verdict), error), soft_wrap=True)
+    table = Table(show_edge=False, pad_edge=False)
+    for column in ("verify --on", "runs", "here", "its word"):
+        table.add_column(column)
+    for runner in health.runners:
+        table.add_row(
+            runner.name,
+            ", ".join(runner.targets),
+            Text("yes", "green") if runner.missing is None else Text("no", "yellow"),
+            f"{runner.witness.name} ({runner.witness.kind})" if runner.missing is None else "-",
+        )
+    console.print()
+    console.print(table)
+    for runner in health.runners:
+        if runner.missing is not None:
+            console.print(f"  {runner.name}: {runner.missing.reason}\n    {runner.missing.fix}", soft_wrap=True)
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:

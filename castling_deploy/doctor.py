@@ -6,6 +6,7 @@ import platform
 from dataclasses import dataclass
 from importlib import metadata
 
+from castling_deploy.runner import OwnWitness, runners
 from castling_deploy.target import TARGETS, Missing, Witness, target_named
 
 TOOLS = (
@@ -34,13 +35,24 @@ class TargetHealth:
 
 
 @dataclass(frozen=True)
+class RunnerHealth:
+    """One runner of `castling verify --on` on this machine."""
+
+    name: str
+    targets: tuple[str, ...]
+    missing: Missing | None
+    witness: Witness
+
+
+@dataclass(frozen=True)
 class Health:
-    """The machine, its tools (None: not installed), and what each target can do here."""
+    """The machine, its tools (None: not installed), and what each target and each runner can do here."""
 
     system: str
     python: str
     tools: dict[str, str | None]
     targets: tuple[TargetHealth, ...]
+    runners: tuple[RunnerHealth, ...]
 
 
 def examine() -> Health:
@@ -53,6 +65,10 @@ def examine() -> Health:
         tuple(
             TargetHealth(target.name, tuple(target.precisions), target.missing(), target.unfinished(), target.witness())
             for target in targets
+        ),
+        tuple(
+            RunnerHealth(runner.name, runner.targets, runner.missing(), runner.witness())
+            for runner in (*map(OwnWitness, targets), *runners())
         ),
     )
 

@@ -89,6 +89,7 @@ def parity_document(report: ParityReport, ladder: Ladder) -> dict[str, Any]:
             "reference": ladder.reference_score,
             "artifact": report.witnesses[0].score if report.witnesses else None,
         },
+        "cast": cast_document(ladder),
         "rungs": [plain(rung) for rung in report.rungs],
         "witnesses": [witness_document(seen) for seen in report.witnesses],
         "range_audit": audit_document(ladder.range_audit) if report.precision is Precision.FP16 else None,
@@ -129,6 +130,9 @@ def witness_document(seen: WitnessReport) -> dict[str, Any]:
         "kind": seen.witness.kind,
         "verdict": seen.verdict,
         "accuracy": seen.score,
+        "images": seen.images,
+        "limit": seen.limit,
+        "failure": None if seen.failure is None else plain(seen.failure),
         "outputs": [plain(output) for output in seen.outputs],
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class CastlingError(Exception):
@@ -17,6 +17,10 @@ class CastlingError(Exception):
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message} (hint: {self.hint})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors come back from workers: pickled by what they are, not by the arguments of their constructor."""
+        return _restored, (type(self), self.args, self.__dict__)
 
 
 class UsageError(CastlingError):
@@ -71,3 +75,17 @@ class RegressionError(CastlingError):
 
 class SetupError(TargetUnavailableError):
     """What a runner needs could not be fetched or built; nothing half-done was left behind."""
+
+
+class CrashError(ExportError):
+    """Somebody else's code did not survive: `how` is "crash", "timeout", "memory" or "error"."""
+
+    def __init__(self, message: str, *, hint: str | None = None, how: str = "crash") -> None:
+        super().__init__(message, hint=hint)
+        self.how = how
+
+
+def _restored(kind: type[CastlingError], arguments: tuple[Any, ...], members: dict[str, Any]) -> CastlingError:
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(members)
+    return error

@@ -38,7 +38,7 @@ def artifact_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     partial = path.parent / f".{path.name}.partial-{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(path)
+        remove_stale(path)
         shutil.rmtree(partial, ignore_errors=True)  # of a killed run that had our process number
         partial.mkdir()
         yield partial
@@ -70,7 +70,7 @@ def _replace(partial: Path, path: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _remove_stale(path: Path) -> None:
+def remove_stale(path: Path) -> None:
     """Folders of killed runs. One killed while it replaced an artefact left the old one aside: that gets its name
     back."""
     for folder in path.parent.glob(f".{path.name}.old-*"):

@@ -22,7 +22,7 @@ from castling_deploy.task import Outputs, Task
 BATCH = 8  # images at once: a softmax map of MViTv2 takes 39 MB per image and head
 # Folding is exact in real arithmetic. In float64 a deep network repeats itself to about 1e-14 of the spread.
 FOLD_TOLERANCE = Tolerance(1e-9, float(np.finfo(np.float64).eps))
-FOLD_PROBES = 4
+EXACT_PROBES = 4  # that run in float64
 EVIDENCE_IMAGES = 8  # that the cast's evidence is gathered on
 # What the cast may cost of the task's score on labelled images, in percent, before it is called harmful.
 CAST_MAX_DROP = 0.5
@@ -32,7 +32,8 @@ CAST_MAX_DROP = 0.5
 class Ladder:
     """A trained network, its cast and its fold, with their outputs on `probes`.
 
-    `references` are what every artefact is compared with, output by output: the cast network's, before folding.
+    `references` are what every artefact is compared with, output by output: the cast network's, before folding. `exact`
+    are the same in float64, on `few` of the probes.
     """
 
     task: Task
@@ -41,6 +42,8 @@ class Ladder:
     folded: nn.Module
     trained_outputs: Outputs
     references: Mapping[str, Reference]
+    few: Probes
+    exact: Mapping[str, Reference]
     layers: tuple[LayerCast, ...]
     steps: tuple[FoldStep, ...]
     fold_rung: Rung
@@ -114,7 +117,7 @@ def climb(
             "the network's own outputs are NaN or infinite on ordinary images",
             hint="the weights are damaged; nothing can be compared with such outputs",
         )
-    few = probes.few(FOLD_PROBES)
+    few = probes.few(EXACT_PROBES)
     exact_castled = copied(castled).double()
     exact = run(exact_castled, names, few.tensors.astype(np.float64))
     rounded = run(castled, names, few.tensors)
@@ -124,30 +127,42 @@ def climb(
         references[name] = Reference(outputs[name], probes.real, noise or 0.0)
     exact_folded = run(fold(exact_castled), names, few.tensors.astype(np.float64))
     advance(1.0)
-    fold_rung = _fold_rung({name: Reference(exact[name], few.real, noise=0.0) for name in names}, exact_folded)
+    noiseless = {name: Reference(exact[name], few.real, noise=0.0) for name in names}
     return Ladder(
-        task, probes, castled, folded, trained_outputs, references, layers, tuple(steps), fold_rung, already_cast
+        task,
+        probes,
+        castled,
+        folded,
+        trained_outputs,
+        references,
+        few,
+        {name: Reference(exact[name], few.real, references[name].noise) for name in names},
+        layers,
+        tuple(steps),
+        exact_rung("fold", noiseless, exact_folded, FOLD_TOLERANCE),
+        already_cast,
     )
 
 
-def _fold_rung(exact: Mapping[str, Reference], folded: Outputs) -> Rung:
+def exact_rung(name: str, exact: Mapping[str, Reference], outputs: Outputs, tolerance: Tolerance) -> Rung:
+    """A rung that claims to change nothing, judged in float64."""
     compared = [
-        compare(name, folded[name], reference, FOLD_TOLERANCE, reference.power(FOLD_TOLERANCE))
-        for name, reference in exact.items()
+        compare(output, outputs[output], reference, tolerance, reference.power(tolerance))
+        for output, reference in exact.items()
     ]
     return Rung(
-        "fold",
+        name,
         worst(output.rel for output in compared),
-        FOLD_TOLERANCE.limit,
+        tolerance.limit,
         Verdict.worst([output.verdict for output in compared]),
     )
 
 
 @torch.no_grad()
-def run(network: nn.Module, names: Sequence[str], tensors: Array) -> dict[str, Array]:
-    """The network's outputs on (P, C, H, W), by name, P first, in the tensors' dtype."""
+def run(network: nn.Module, names: Sequence[str], tensors: Array, size: int = BATCH) -> dict[str, Array]:
+    """The network's outputs on (P, C, H, W), by name, P first, in the tensors' dtype; `size` images at once."""
     batches = []
-    for batch in torch.from_numpy(tensors).split(BATCH):
+    for batch in torch.from_numpy(tensors).split(size):
         outputs = network(batch)
         batches.append(outputs if isinstance(outputs, tuple) else (outputs,))
     return {name: torch.cat(parts).numpy() for name, parts in zip(names, zip(*batches, strict=True), strict=True)}

@@ -17,12 +17,13 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from castling_deploy.target import Precision, Witness
+from castling_deploy.target import Precision, Witness, WitnessKind
 
 Array = npt.NDArray[np.floating]
 
 MIN_POWER = 0.95  # share of image pairs that the gate has to tell apart
 DISTANCE_IMAGES = 64  # whose pairwise distances are taken: 2,016 pairs
+LOWERED = "lowered"  # the rung of the graph that a converter is handed
 EXPORTED = "exported"  # the rung that the witnesses stand on
 CLEARLY_WRONG = 8.0  # times the rounding noise: such an error is no rounding, however badly conditioned the network
 
@@ -55,6 +56,10 @@ TOLERANCES: Mapping[Precision, Tolerance] = {
     Precision.FP32: Tolerance(1e-4, float(np.finfo(np.float32).eps)),
     Precision.FP16: Tolerance(2e-2, float(np.finfo(np.float16).eps)),
 }
+# A lowered graph is exact but for its folded weights and constants (1/C, 2**-0.5), which are float32: 3e-8 on the
+# bundled segmenter, 1.5e-6 on a random LeViT. The limit is a tenth of what float32 arithmetic may do; a network that
+# multiplies its own rounding is judged by that.
+LOWERED_TOLERANCE = Tolerance(1e-5, float(np.finfo(np.float32).eps))
 
 
 @dataclass(frozen=True)
@@ -141,15 +146,39 @@ class OutputParity:
 
 
 @dataclass(frozen=True)
+class Failure:
+    """Why a witness has no numbers: it crashed, raised an error, or went over its limits of time or memory."""
+
+    how: str
+    message: str
+
+    @property
+    def verdict(self) -> Verdict:
+        """What does not run there is a failure; what was not waited for is open."""
+        return Verdict.INCONCLUSIVE if self.how in ("timeout", "memory") else Verdict.FAIL
+
+
+@dataclass(frozen=True)
 class WitnessReport:
-    """What one witness computed, output by output, and the task's score of it where labels are known."""
+    """What one witness computed, output by output, and the task's score of it where labels are known.
+
+    `limit` is the one on rel that its arithmetic was judged by, `images` how many it ran on. One of kind BUILDER ran
+    nothing: that it took the artefact is all it says.
+    """
 
     witness: Witness
     outputs: tuple[OutputParity, ...]
     score: float | None
+    limit: float | None = None
+    images: int | None = None
+    failure: Failure | None = None
 
     @property
     def verdict(self) -> Verdict:
+        if self.failure is not None:
+            return self.failure.verdict
+        if self.witness.kind is WitnessKind.BUILDER:
+            return Verdict.PASS
         return Verdict.worst([output.verdict for output in self.outputs])
 
 

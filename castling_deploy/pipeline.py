@@ -5,7 +5,8 @@ Each step is a pure function of its own module; each target is one file in `expo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -13,18 +14,21 @@ from torch import nn
 from castling_deploy import artifact as written
 from castling_deploy import bundled, checkpoint
 from castling_deploy.errors import CastlingError, UsageError
+from castling_deploy.fault import isolated_fault
 from castling_deploy.folder import artifact_folder, refuse_if_taken
 from castling_deploy.identify import ModelCard, identify
+from castling_deploy.isolation import Worker
 from castling_deploy.ladder import Ladder, climb
 from castling_deploy.latency import TIMED, LatencyReport
-from castling_deploy.parity import ParityReport
+from castling_deploy.localise import Localisation
+from castling_deploy.parity import ParityReport, Verdict
 from castling_deploy.probes import probes_for
 from castling_deploy.progress import Progress, Silent
 from castling_deploy.quiet import toolchain
 from castling_deploy.request import Request, Step, plan
-from castling_deploy.target import Artifact, Missing, Precision, refuse_for_task
+from castling_deploy.target import Artifact, Missing, Network, Precision, refuse_for_task
 from castling_deploy.task import task_named
-from castling_deploy.verification import measure, verify_artifact
+from castling_deploy.verification import lowered_rung, measure, verify_artifact
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Result:
     latency: LatencyReport | None = None
     missing: Missing | None = None
     error: CastlingError | None = None
+    localisation: Localisation | None = None
 
 
 @dataclass(frozen=True)
@@ -91,19 +96,46 @@ def produce(request: Request, step: Step, card: ModelCard, ladder: Ladder, progr
     if missing is not None:
         return Result(step, missing=missing)
     path = folder_of(request, card, step)
+    name = step.target.name
     try:
-        with artifact_folder(path, overwrite=request.overwrite) as folder:
-            with progress.stage(f"{step.target.name}: export {step.precision}"), toolchain(step.target.name):
+        with ExitStack() as stack:
+            # Two processes, which start side by side: the one that runs the artefact has never seen the network.
+            maker = stack.enter_context(Worker(request.limits))
+            witness = stack.enter_context(Worker(request.limits))
+            folder = stack.enter_context(artifact_folder(path, overwrite=request.overwrite))
+            with progress.stage(f"{name}: export {step.precision}"):
                 audit = ladder.range_audit if step.precision is Precision.FP16 else None
                 network = written.network_for(card, ladder.folded, request.batch_size, audit)
-                artifact = step.target.export(network, step.precision, step.options, folder)
-            with progress.stage(f"{step.target.name}: verify") as advance:
-                parity = verify_artifact(step.target, artifact, folder, ladder, step.precision, advance)
+                artifact = maker.call(f"{name}: export", exported, step, network, folder)
+                lowered = lowered_rung(step.target, network, step.options, ladder, maker.call)
+            with progress.stage(f"{name}: verify") as advance:
+                parity = verify_artifact(
+                    step.target, artifact, folder, ladder, step.precision, advance, witness.call, lowered
+                )
             latency = None
             if request.benchmark and step.target.witness().kind in TIMED:
-                with progress.stage(f"{step.target.name}: measure latency"):
-                    latency = measure(step.target, artifact, folder, ladder)
+                with progress.stage(f"{name}: measure latency"):
+                    latency = measure(step.target, artifact, folder, ladder, call=witness.call)
             written.describe(folder, card, ladder, step.target, step.precision, step.options, artifact, parity, latency)
-        return Result(step, path, artifact, parity, latency, artifact.unfinished)
+        made = Result(step, path, artifact, parity, latency, artifact.unfinished)
+        if not request.localise or parity.verdict is not Verdict.FAIL:
+            return made
+        fault = isolated_fault(
+            step.target,
+            network,
+            step.precision,
+            step.options,
+            ladder.probes,
+            (artifact, path),
+            progress,
+            request.limits,
+        )
+        return replace(made, localisation=fault)
     except CastlingError as error:
         return Result(step, error=error)
+
+
+def exported(step: Step, network: Network, folder: Path) -> Artifact:
+    """The toolchain's part, which writes into `folder`. Raises ExportError."""
+    with toolchain(step.target.name):
+        return step.target.export(network, step.precision, step.options, folder)

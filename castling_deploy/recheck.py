@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,43 +10,66 @@ import numpy as np
 import numpy.typing as npt
 
 from castling_deploy.artifact import Folder, read_folder
-from castling_deploy.checkpoint import read
-from castling_deploy.errors import ParityError, TargetUnavailableError, UsageError
-from castling_deploy.execution import inputs_for, repeated, run_artifact
-from castling_deploy.identify import identify
-from castling_deploy.ladder import Ladder, climb
+from castling_deploy.errors import CrashError, ExportError, ParityError, TargetUnavailableError, UsageError
+from castling_deploy.execution import inputs_for, repeated
+from castling_deploy.isolation import Call, Limits, Worker
+from castling_deploy.ladder import Ladder
 from castling_deploy.latency import TIMED, Timing, interleaved
-from castling_deploy.models.family import family_named
-from castling_deploy.parity import TOLERANCES, Array, ParityReport, Reference, Verdict, WitnessReport
-from castling_deploy.probes import Probes, probes_for
-from castling_deploy.progress import Progress, Silent
-from castling_deploy.target import Target, target_named
+from castling_deploy.parity import Array, Failure, ParityReport, Reference, Verdict, WitnessReport
+from castling_deploy.probes import Probes
+from castling_deploy.progress import Advance, Progress, Silent
+from castling_deploy.rebuilt import rebuilt
+from castling_deploy.runner import ALL, Runner, chosen, runners_of
+from castling_deploy.target import Missing, Target, target_named
 from castling_deploy.task import task_named
-from castling_deploy.verification import compared, opened, verify_artifact
+from castling_deploy.verification import observed, opened, parity_report, testimony, witnessed
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A runner that was asked for by `all` and is not here."""
+
+    name: str
+    missing: Missing
 
 
 @dataclass(frozen=True)
 class Recheck:
-    """What a second look at a folder found: against its golden outputs, and against the checkpoint if it was named."""
+    """What a second look at a folder found: against its golden outputs, and against the checkpoint if it was named.
+
+    `golden` has a report for every runner that was asked for and is here.
+    """
 
     folder: Folder
-    golden: WitnessReport
+    golden: tuple[WitnessReport, ...]
+    absent: tuple[Absent, ...] = ()
     ladder: Ladder | None = None
     parity: ParityReport | None = None
 
     @property
     def verdict(self) -> Verdict:
         """The golden images are few: without a new comparison, the verdict of the export counts beside theirs."""
-        return Verdict.worst([self.golden.verdict, self.parity.verdict if self.parity else self.folder.verdict])
+        again = self.parity.verdict if self.parity else self.folder.verdict
+        return Verdict.worst([*(report.verdict for report in self.golden), again])
 
 
-def verify(path: str | Path, checkpoint: str | Path | None = None, progress: Progress | None = None) -> Recheck:
+def verify(
+    path: str | Path,
+    checkpoint: str | Path | None = None,
+    progress: Progress | None = None,
+    *,
+    on: Sequence[str] = (),
+    limits: Limits | None = None,
+) -> Recheck:
     """Hashes, golden outputs, and with `checkpoint` the whole comparison again.
 
+    `on` names who runs the artefact (see `castling doctor`; "all": whoever can): without it, the target's own runtime.
+    Every one has a process of its own within `limits`, so that a crash is that witness's verdict.
+
     Raises ParityError when a file was changed after the export, or the checkpoint is another one; UsageError when the
-    folder is no artefact; TargetUnavailableError when its runtime is not installed here.
+    folder is no artefact or a name of `on` is unknown; TargetUnavailableError when a named runtime is not here.
     """
-    progress = progress or Silent()
+    progress, limits = progress or Silent(), limits or Limits()
     with progress.stage("check the files against the manifest"):
         folder = read_folder(Path(path))
         changed = folder.changed()
@@ -54,24 +78,68 @@ def verify(path: str | Path, checkpoint: str | Path | None = None, progress: Pro
                 f"'{path}' is not as it was exported; changed, missing or added: {', '.join(changed)}",
                 hint="export it again; a changed artefact has not been verified",
             )
-    target = _target_of(folder)
+    target = target_named(folder.target)
+    able, absent = _able(target, folder, on)
     images, golden_outputs = _golden(folder)
-    probes = Probes.of(images, folder.preprocessing)
-    with progress.stage(f"{target.name}: run the golden images") as advance, opened(target, folder.path) as session:
-        outputs = run_artifact(session, folder.artifact, inputs_for(folder.artifact.inputs[0], probes), advance)
-        witness = session.witness
+    inputs = inputs_for(folder.artifact.inputs[0], Probes.of(images, folder.preprocessing))
     references = {
         name: Reference(values, real=len(values), noise=folder.noise[name]) for name, values in golden_outputs.items()
     }
-    task = task_named(folder.task)
-    parities = compared(task, outputs, references, TOLERANCES[folder.precision], folder.preprocessing.size)
-    golden = WitnessReport(witness, parities, None)
+    task, size = task_named(folder.task), folder.preprocessing.size
+
+    def look(runner: Runner, call: Call, advance: Advance) -> WitnessReport:
+        witness, outputs = observed(runner, folder.artifact, folder.path, inputs, advance, call)
+        return testimony(runner, witness, outputs, references, task, folder.precision, size)
+
+    golden = _heard(able, look, f"run {len(images)} golden images", progress, limits)
     if checkpoint is None:
-        return Recheck(folder, golden)
-    ladder = _ladder(folder, Path(checkpoint), progress)
-    with progress.stage(f"{target.name}: verify against the checkpoint") as advance:
-        parity = verify_artifact(target, folder.artifact, folder.path, ladder, folder.precision, advance)
-    return Recheck(folder, golden, ladder, parity)
+        return Recheck(folder, golden, absent)
+    ladder = rebuilt(folder, Path(checkpoint), progress).ladder
+
+    def compare(runner: Runner, call: Call, advance: Advance) -> WitnessReport:
+        return witnessed(runner, folder.artifact, folder.path, ladder, folder.precision, advance, call)
+
+    reports = _heard(able, compare, "verify against the checkpoint", progress, limits)
+    return Recheck(folder, golden, absent, ladder, parity_report(ladder, folder.precision, reports))
+
+
+def _able(target: Target, folder: Folder, on: Sequence[str]) -> tuple[tuple[Runner, ...], tuple[Absent, ...]]:
+    """Who can run the folder's artefact here, and who cannot. One that was named and is missing is an error."""
+    able, absent = [], []
+    for runner in chosen(target, on):
+        missing = runner.missing()
+        if missing is None:
+            able.append(runner)
+        elif ALL in on:
+            absent.append(Absent(runner.name, missing))
+        else:
+            raise TargetUnavailableError(missing.reason, hint=missing.fix)
+    if not able:
+        names = ", ".join(runners_of(target))
+        raise TargetUnavailableError(
+            f"none of those named runs '{folder.path}', an artefact of target '{target.name}'",
+            hint=f"name one of: {names}",
+        )
+    return tuple(able), tuple(absent)
+
+
+def _heard(
+    runners: Sequence[Runner],
+    look: Callable[[Runner, Call, Advance], WitnessReport],
+    title: str,
+    progress: Progress,
+    limits: Limits,
+) -> tuple[WitnessReport, ...]:
+    """Every runner's report, each from a process of its own. One that does not survive has that for its report."""
+    reports = []
+    for runner in runners:
+        try:
+            with progress.stage(f"{runner.name}: {title}") as advance, Worker(limits) as worker:
+                reports.append(look(runner, worker.call, advance))
+        except ExportError as error:
+            how = error.how if isinstance(error, CrashError) else "error"
+            reports.append(WitnessReport(runner.witness(), (), None, failure=Failure(how, str(error))))
+    return tuple(reports)
 
 
 def benchmark(path: str | Path, *, threads: int = 1) -> Timing:
@@ -110,22 +178,3 @@ def _golden(folder: Folder) -> tuple[npt.NDArray[np.uint8], dict[str, Array]]:
         raise UsageError(
             f"the golden images of '{folder.path}' cannot be read: {error}", hint="export the artefact again"
         ) from None
-
-
-def _ladder(folder: Folder, checkpoint: Path, progress: Progress) -> Ladder:
-    with progress.stage("read the checkpoint and run the reference") as advance:
-        made, init_dconv = folder.manifest["model"], folder.manifest["checkpoint"].get("init_dconv")
-        is_baseline = made["config"].get("attention") == "softmax"
-        network, card = identify(
-            read(checkpoint),
-            model=family_named(made["family"]).baseline if is_baseline else None,
-            image_size=folder.preprocessing.size,
-            init_dconv=init_dconv,
-        )
-        if card.checkpoint_sha256 != folder.checkpoint_sha256:
-            raise ParityError(
-                f"'{checkpoint}' is not the checkpoint that '{folder.path}' was exported from",
-                hint="name the file whose SHA-256 is in the manifest, or export again",
-            )
-        probes = probes_for(folder.preprocessing, card.samples).affordable(card.output_values)
-        return climb(network, task_named(card.task), card.outputs, probes, advance)

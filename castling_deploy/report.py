@@ -42,6 +42,7 @@ def artifact_document(result: Result, deployment: Deployment) -> dict[str, Any]:
         "parity": parity,
         "latency": documents.latency_document(result.latency),
         "details": None if result.artifact is None else result.artifact.details,
+        "localisation": None if result.localisation is None else plain(result.localisation),
         "status": status(result),
         "reason": reason(result),
     }
@@ -125,9 +126,12 @@ def _examined_document(seen: Examined) -> dict[str, Any]:
         "path": seen.path,
         "verdict": seen.verdict,
         "exported": None if recheck is None else recheck.folder.verdict,
-        "golden": None if recheck is None else documents.witness_document(recheck.golden),
+        "golden": None if recheck is None else documents.witness_document(recheck.golden[0]),
+        "witnesses": [] if recheck is None else [documents.witness_document(report) for report in recheck.golden],
+        "not_run": [] if recheck is None else [plain(absent) for absent in recheck.absent],
         "parity": parity,
         "checks": [plain(check) for check in seen.checks],
+        "localisation": None if seen.localisation is None else plain(seen.localisation),
         "exit_code": seen.exit_code,
         "error": None if error is None else {"message": error.message, "hint": error.hint},
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from castling_deploy.errors import UsageError
+from castling_deploy.isolation import Limits
 from castling_deploy.target import Precision, Target, options_for, precision_for, target_named
 
 
@@ -27,6 +28,8 @@ class Request:
     benchmark: bool = True
     overwrite: bool = False
     seed: int = 0
+    localise: bool = True  # where an artefact fails
+    limits: Limits = field(default_factory=Limits)  # of every process that runs a toolchain or an artefact
 
 
 @dataclass(frozen=True)

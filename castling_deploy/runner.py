@@ -8,13 +8,13 @@ export is verified by, is the first of them. This module imports no runtime.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from castling_deploy.errors import UsageError
 from castling_deploy.suggest import did_you_mean
-from castling_deploy.target import Artifact, Missing, Witness
+from castling_deploy.target import TARGETS, Artifact, Missing, Target, Witness, target_named
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +29,8 @@ class Runner(Protocol):
     """A runtime, an emulator, a simulator, an evaluator or a compiler that takes artefacts of `targets`.
 
     `name` is what `castling verify --on` takes; runners of different targets may share one. `images` is how many probes
-    it can afford (None: all of them).
+    it can afford (None: all of them). One that computes in another precision than the artefact is built for says so by
+    a method `arithmetic(precision) -> Precision`: that one's limit is then what it is judged by.
     """
 
     name: str
@@ -50,39 +51,81 @@ class Runner(Protocol):
         """
 
 
-class SetUp(Protocol):
+@runtime_checkable
+class SetUp(Runner, Protocol):
     """A runner that needs more than pip installs: `castling setup NAME` fetches and builds it into a folder, once."""
-
-    name: str
 
     def set_up(self, advance: Advance) -> None:
         """Fetch and build into `cache.cache_folder(name)`, whole or not at all. Raises SetupError."""
 
 
-RUNNERS: tuple[str, ...] = ()
+RUNNERS: tuple[str, ...] = (
+    "castling_deploy.witnesses.ort_arm64:OrtArm64",
+    "castling_deploy.witnesses.executorch_arm64:ExecuTorchArm64",
+)
+ALL = "all"
 
 
-def runners_for(target: str) -> Mapping[str, Runner]:
-    """The runners of artefacts of this target by name, besides the target's own witness."""
-    found: dict[str, Runner] = {}
+class OwnWitness:
+    """A target's own witness: the strongest of its vendor's runtimes that is present here."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._witness = target.witness()
+        self.name = target.runtime
+        self.targets: tuple[str, ...] = (target.name,)
+        self.images: int | None = None
+
+    def missing(self) -> Missing | None:
+        return self._target.missing()
+
+    def witness(self) -> Witness:
+        return self._witness
+
+    def run(self, folder: Path, artifact: Artifact, inputs: Values, advance: Advance) -> Mapping[str, Values]:
+        from castling_deploy.execution import run_artifact
+
+        with self._target.load(folder) as session:
+            self._witness = session.witness
+            return run_artifact(session, artifact, inputs, advance)
+
+
+def runners() -> tuple[Runner, ...]:
+    """Every runner that is no target's own."""
+    found = []
     for entry in RUNNERS:
         module, _, attribute = entry.partition(":")
         runner: Runner = getattr(importlib.import_module(module), attribute)()
-        if target in runner.targets:
-            found[runner.name] = runner
-    return found
+        found.append(runner)
+    return tuple(found)
 
 
-def runner_named(target: str, name: str) -> Runner:
-    """The runner of this target called `name`. Raises UsageError with a suggestion."""
-    found = runners_for(target)
-    if name not in found:
-        raise UsageError(
-            f"nothing called '{name}' runs artefacts of target '{target}'", hint=did_you_mean(name, list(found))
-        )
-    return found[name]
+def runners_of(target: Target) -> Mapping[str, Runner]:
+    """Whoever runs artefacts of this target, by name; its own witness first."""
+    own: Runner = OwnWitness(target)
+    others = (runner for runner in runners() if target.name in runner.targets)
+    return {runner.name: runner for runner in (own, *others)}
 
 
-def needs_setup(runner: Any) -> bool:
-    """Whether `castling setup` has something to do for it."""
-    return hasattr(runner, "set_up")
+def chosen(target: Target, names: Sequence[str]) -> tuple[Runner, ...]:
+    """The runners of this target that were asked for: its own where none was, every one for `all`.
+
+    A name that other targets know is passed over. Raises UsageError with a suggestion for one that nobody knows.
+    """
+    found = runners_of(target)
+    if not names:
+        return (next(iter(found.values())),)
+    known = [ALL, *(one for entry in TARGETS for one in runners_of(target_named(entry)))]
+    for name in names:
+        if name not in known:
+            raise UsageError(
+                f"nothing called '{name}' runs artefacts", hint=did_you_mean(name, list(dict.fromkeys(known)))
+            )
+    if ALL in names:
+        return tuple(found.values())
+    return tuple(runner for name, runner in found.items() if name in names)
+
+
+def to_set_up() -> Mapping[str, SetUp]:
+    """What `castling setup` can fetch and build, by name."""
+    return {runner.name: runner for runner in runners() if isinstance(runner, SetUp)}

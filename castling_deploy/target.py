@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from castling_deploy.errors import UsageError
 from castling_deploy.preprocessing import Preprocessing
@@ -69,7 +69,8 @@ class Network:
 
     `module` maps (B, C, H, W) float32, normalised, to logits (B, classes). For float16, `islands` are paths of modules
     that have to be computed in float32, `reductions` of those whose sums, means and norms have to be (`range_audit`
-    finds both).
+    finds both). A `part` of a network, cut out to find where an artefact goes wrong, has an input and an output of any
+    rank, and maybe no product that an exporter could check.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Network:
     metadata: Mapping[str, str]
     islands: tuple[str, ...] = ()
     reductions: tuple[str, ...] = ()
+    part: bool = False
 
     def example(self) -> tuple[torch.Tensor, ...]:
         """Deterministic inputs of the right shape for tracing; no two values alike, none of them zero."""
@@ -156,11 +158,13 @@ class Target(Protocol):
 
     `precisions[0]` is the default. `options` is a frozen dataclass: its fields are the options the target
     understands, and its `__post_init__` refuses bad values; a field with `metadata={"task": ...}` is for networks of
-    that task alone. `extra` is the pip extra that installs the toolchain.
+    that task alone. `extra` is the pip extra that installs the toolchain. `runtime` is what `castling verify --on`
+    calls the target's own witness.
     """
 
     name: str
     extra: str
+    runtime: str
     precisions: tuple[Precision, ...]
     options: type[Any]
 
@@ -176,6 +180,13 @@ class Target(Protocol):
     def refuse(self, options: Any, batch_size: int) -> None:
         """Raises UsageError for options and a batch that do not go together; imports nothing heavy."""
 
+    def lowered(self, network: Network, options: Any) -> nn.Module:
+        """The graph that the format's converter is handed, in float32, as a module of `network.inputs`' shapes.
+
+        What rewrites it for the target is exact, so in float64 it computes what `network.module` does. Raises
+        ExportError.
+        """
+
     def export(self, network: Network, precision: Precision, options: Any, folder: Path) -> Artifact:
         """Write the artefact into `folder` (which exists and is empty). Raises ExportError."""
 
@@ -185,6 +196,22 @@ class Target(Protocol):
 
     def load(self, folder: Path, *, threads: int = 1) -> AbstractContextManager[Session]:
         """The artefact of `folder`, loaded by the strongest witness present here. Raises ExportError."""
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """A target whose artefacts tell their constants, which says more of a file that went wrong."""
+
+    def constants(self, folder: Path) -> Arrays:
+        """Weights and other constants of the artefact in `folder` by name, in the file's order and dtypes."""
+
+
+@runtime_checkable
+class Scripted(Protocol):
+    """A target whose artefacts can be run by a few lines of Python without this tool."""
+
+    def script(self) -> str:
+        """Source of `run(folder, inputs)`: arrays by name, in the shapes of the artefact, to outputs by name."""
 
 
 TARGETS: Mapping[str, str] = {

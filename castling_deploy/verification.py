@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import nn
 
 from castling_deploy.errors import ExportError
-from castling_deploy.execution import inputs_for, repeated, run_artifact
-from castling_deploy.ladder import Ladder
+from castling_deploy.execution import inputs_for, repeated
+from castling_deploy.isolation import Call, here
+from castling_deploy.ladder import Ladder, exact_rung, run
 from castling_deploy.latency import LatencyReport, doubts, host, interleaved
 from castling_deploy.parity import (
     EXPORTED,
+    LOWERED,
+    LOWERED_TOLERANCE,
     TOLERANCES,
     Array,
     OutputParity,
@@ -26,8 +34,10 @@ from castling_deploy.parity import (
     compare,
     worst,
 )
+from castling_deploy.progress import Advance
 from castling_deploy.quiet import toolchain
-from castling_deploy.target import Artifact, Precision, Session, Target
+from castling_deploy.runner import OwnWitness, Runner
+from castling_deploy.target import Artifact, Network, Precision, Session, Target, TensorSpec, Witness, WitnessKind
 from castling_deploy.task import Derived, Outputs, Task
 
 
@@ -44,25 +54,99 @@ def verify_artifact(
     folder: Path,
     ladder: Ladder,
     precision: Precision,
-    advance: Callable[[float], None] = lambda share: None,
+    advance: Advance = lambda share: None,
+    call: Call = here,
+    lowered: Rung | None = None,
 ) -> ParityReport:
-    """Run the artefact on all probes and compare every output; the report holds every rung of the ladder."""
-    inputs = inputs_for(artifact.inputs[0], ladder.probes)
-    with opened(target, folder) as session:
-        outputs = run_artifact(session, artifact, inputs, advance)
-        witness = session.witness
+    """Its own witness runs the artefact on all probes, and every output is compared; every rung of the ladder."""
+    report = witnessed(OwnWitness(target), artifact, folder, ladder, precision, advance, call)
+    return parity_report(ladder, precision, (report,), lowered)
+
+
+def parity_report(
+    ladder: Ladder, precision: Precision, witnesses: tuple[WitnessReport, ...], lowered: Rung | None = None
+) -> ParityReport:
+    """Every rung of the ladder; on the last stands the first of the witnesses."""
+    first = witnesses[0]
+    rel = worst(output.rel for output in first.outputs)
+    exported = Rung(EXPORTED, rel, TOLERANCES[precision].limit, first.verdict)
+    rungs = [ladder.cast_rung, ladder.fold_rung, *([] if lowered is None else [lowered]), exported]
+    return ParityReport(precision, first.images or 0, tuple(rungs), witnesses)
+
+
+def lowered_rung(target: Target, network: Network, options: Any, ladder: Ladder, call: Call = here) -> Rung:
+    """What the target's rewrites change: nothing but the rounding of constants. Raises ExportError."""
+    outputs = call(f"{target.name}: lower", _run_lowered, target, network, options, ladder.few.tensors)
+    return exact_rung(LOWERED, ladder.exact, outputs, LOWERED_TOLERANCE)
+
+
+def _run_lowered(target: Target, network: Network, options: Any, tensors: Array) -> Outputs:
+    with toolchain(f"{target.name}: lowering"):
+        module = copy.deepcopy(target.lowered(network, options)).double()  # the network shares its tensors
+    batch = network.inputs[0].shape[0]
+    names = [spec.name for spec in network.outputs]
+    filled = repeated(tensors.astype(np.float64), -(-len(tensors) // batch) * batch)
+    outputs = run(module, names, filled, batch)
+    return {name: values[: len(tensors)] for name, values in outputs.items()}
+
+
+def witnessed(
+    runner: Runner,
+    artifact: Artifact,
+    folder: Path,
+    ladder: Ladder,
+    precision: Precision,
+    advance: Advance = lambda share: None,
+    call: Call = here,
+) -> WitnessReport:
+    """What `runner` makes of the probes, or of the first of them that it can afford."""
+    inputs = inputs_for(artifact.inputs[0], ladder.probes)[: runner.images]
+    witness, outputs = observed(runner, artifact, folder, inputs, advance, call)
     references = {
-        name: replace(reference, outputs=reference.outputs[: len(inputs)])
+        name: replace(reference, outputs=reference.outputs[: len(inputs)], real=min(reference.real, len(inputs)))
         for name, reference in ladder.references.items()
     }
-    report = WitnessReport(
-        witness,
-        compared(ladder.task, outputs, references, TOLERANCES[precision], ladder.probes.preprocessing.size),
-        ladder.score(outputs) if references.keys() <= outputs.keys() else None,
-    )
-    rel = worst(output.rel for output in report.outputs)
-    exported = Rung(EXPORTED, rel, TOLERANCES[precision].limit, report.verdict)
-    return ParityReport(precision, len(inputs), (ladder.cast_rung, ladder.fold_rung, exported), (report,))
+    report = testimony(runner, witness, outputs, references, ladder.task, precision, ladder.probes.preprocessing.size)
+    complete = references.keys() <= outputs.keys() and len(inputs) >= ladder.probes.real
+    return replace(report, score=ladder.score(outputs) if complete else None)
+
+
+def observed(
+    runner: Runner,
+    artifact: Artifact,
+    folder: Path,
+    inputs: npt.NDArray[np.generic],
+    advance: Advance = lambda share: None,
+    call: Call = here,
+) -> tuple[Witness, Outputs]:
+    """Who ran the artefact on `inputs` (P, ...), and every output by name."""
+    return call(f"{runner.name}: run the artefact", _observe, runner, artifact, folder, inputs, advance=advance)
+
+
+def _observe(
+    runner: Runner, artifact: Artifact, folder: Path, inputs: npt.NDArray[np.generic], advance: Advance
+) -> tuple[Witness, Outputs]:
+    with toolchain(f"{runner.name}: the artefact does not run"):
+        outputs = runner.run(folder, artifact, inputs, advance)
+    return runner.witness(), {name: np.asarray(values) for name, values in outputs.items()}
+
+
+def testimony(
+    runner: Runner,
+    witness: Witness,
+    outputs: Outputs,
+    references: Mapping[str, Reference],
+    task: Task,
+    precision: Precision,
+    size: tuple[int, int],
+) -> WitnessReport:
+    """The outputs of a witness, compared by the limit of the arithmetic it computes in."""
+    images = len(next(iter(references.values())).outputs)
+    if witness.kind is WitnessKind.BUILDER:
+        return WitnessReport(witness, (), None, images=0)
+    arithmetic = getattr(runner, "arithmetic", None)
+    tolerance = TOLERANCES[arithmetic(precision) if arithmetic is not None else precision]
+    return WitnessReport(witness, compared(task, outputs, references, tolerance, size), None, tolerance.limit, images)
 
 
 def compared(
@@ -109,12 +193,27 @@ def _followed(name: str, values: Array, derived: Derived, source: Reference, tol
     return compare(name, values, follows, tolerance, power, widest_limit)
 
 
-def measure(target: Target, artifact: Artifact, folder: Path, ladder: Ladder, threads: int = 1) -> LatencyReport:
+def measure(
+    target: Target, artifact: Artifact, folder: Path, ladder: Ladder, threads: int = 1, call: Call = here
+) -> LatencyReport:
     """Latency of the artefact beside PyTorch eager on the folded network, in one run."""
     (spec,) = artifact.inputs
     batch = spec.shape[0] if spec.shape[0] > 0 else 1
     feed = repeated(inputs_for(spec, ladder.probes), batch)
-    tensors = torch.from_numpy(repeated(ladder.probes.tensors, batch))
+    tensors = repeated(ladder.probes.tensors, batch)
+    return call(f"{target.name}: measure", _measure, target, spec, folder, feed, ladder.folded, tensors, threads)
+
+
+def _measure(
+    target: Target,
+    spec: TensorSpec,
+    folder: Path,
+    feed: npt.NDArray[np.generic],
+    network: nn.Module,
+    inputs: Array,
+    threads: int,
+) -> LatencyReport:
+    tensors = torch.from_numpy(inputs)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -122,12 +221,12 @@ def measure(target: Target, artifact: Artifact, folder: Path, ladder: Ladder, th
             timings = interleaved(
                 {
                     session.witness.name: lambda: session({spec.name: feed}),
-                    "PyTorch eager": lambda: ladder.folded(tensors),
+                    "PyTorch eager": lambda: network(tensors),
                 }
             )
             artifact_timing, reference_timing = timings.values()
             return LatencyReport(
-                session.witness.name, artifact_timing, reference_timing, threads, batch, host(), doubts(timings)
+                session.witness.name, artifact_timing, reference_timing, threads, len(feed), host(), doubts(timings)
             )
     finally:
         torch.set_num_threads(threads_before)

@@ -23,7 +23,8 @@ def write_package(model: Any, weights: Path, path: Path) -> None:
     data = path / "Data" / BUNDLE
     (data / "weights").mkdir(parents=True)
     (data / "model.mlmodel").write_bytes(model.SerializeToString(deterministic=True))
-    shutil.copyfile(weights / "weight.bin", data / "weights" / "weight.bin")
+    if (weights / "weight.bin").is_file():  # coremltools writes none for a part of a network without large constants
+        shutil.copyfile(weights / "weight.bin", data / "weights" / "weight.bin")
     identifiers = {name: str(uuid.uuid5(uuid.NAMESPACE_URL, f"{BUNDLE}/{name}")) for name in ITEMS}
     manifest = {
         "fileFormatVersion": "1.0.0",

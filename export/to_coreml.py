@@ -7,11 +7,11 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from castling_deploy.errors import ExportError, UsageError
 from castling_deploy.export.attesting import attestation
@@ -32,6 +32,11 @@ from castling_deploy.target import (
     Witness,
     WitnessKind,
 )
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from castling_deploy.target import Arrays
 
 FILE = "model.mlpackage"
 INPUTS = ("tensor", "image")
@@ -63,6 +68,24 @@ output = model.predict({{"{input}": image}})    # image: {python_image}
 logits = output["{output}"]
 {python_label}```
 """
+SCRIPT = f"""\
+def run(folder, inputs):
+    import sys
+
+    path = folder / "{FILE}"
+    if sys.platform != "darwin":  # Core ML itself is on macOS only; castling-deploy has an evaluator of the program
+        from castling_deploy.export.mil_evaluator import load_program
+
+        return load_program(path)(inputs)
+    import coremltools
+    from PIL import Image
+
+    model = coremltools.models.MLModel(str(path))
+    pictures = {{name: value.dtype == "uint8" for name, value in inputs.items()}}
+    fed = {{name: Image.fromarray(value[0].squeeze()) if pictures[name] else value for name, value in inputs.items()}}
+    return model.predict(fed)
+
+"""
 SWIFT_IMAGE = {
     "tensor": "let image = try MLMultiArray(shape: {shape}, dataType: .float32)    // fill it with normalised pixels",
     "image": """\
@@ -81,7 +104,7 @@ class CoreMLOptions:
     Raises UsageError for anything else.
     """
 
-    input: Literal["tensor", "image"] = "tensor"
+    input: Literal["tensor", "image"] = field(default="tensor", metadata={"whole": "interface"})
 
     def __post_init__(self) -> None:
         if self.input not in INPUTS:
@@ -99,6 +122,7 @@ class CoreMLTarget:
 
     name = "coreml"
     extra = "coreml"
+    runtime = "coreml"
     precisions: tuple[Precision, ...] = (Precision.FP16, Precision.FP32)
     options: type[Any] = CoreMLOptions
 
@@ -131,6 +155,9 @@ class CoreMLTarget:
                 hint="use --batch-size 1, or --input tensor",
             )
 
+    def lowered(self, network: Network, options: CoreMLOptions) -> nn.Module:
+        return exported_program(network, pixels=False, scores=False).module(check_guards=False)
+
     def export(self, network: Network, precision: Precision, options: CoreMLOptions, folder: Path) -> Artifact:
         self.refuse(options, network.inputs[0].shape[0])
         check_network(network, options)
@@ -146,7 +173,7 @@ class CoreMLTarget:
         write_package(model, Path(mlmodel.weights_dir), folder / FILE)
         package = read_package(folder / FILE)
         softmaxes = sum("softmax" in str(node.target) for node in program.graph.nodes)
-        check(package, precision, softmaxes=softmaxes, wide=wide)
+        check(package, precision, softmaxes=softmaxes, wide=wide, part=network.part)
         return Artifact(
             (FILE,),
             *specs(network, options, classifier=scores),
@@ -186,10 +213,19 @@ class CoreMLTarget:
         finally:
             torch.set_num_threads(before)
 
+    def constants(self, folder: Path) -> Arrays:
+        import numpy as np
+
+        held = read_package(folder / FILE).constants
+        return {name: value for name, value in held.items() if isinstance(value, np.ndarray)}
+
+    def script(self) -> str:
+        return SCRIPT
+
 
 def check_network(network: Network, options: CoreMLOptions) -> None:
     """Raises UsageError or ExportError for what cannot be built, before anything is imported."""
-    channels = network.inputs[0].shape[1]
+    channels = network.inputs[0].shape[1]  # tokens, in a part of a network
     order = network.preprocessing.channel_order
     if options.input == "image" and channels != 1 and (channels, order) != (3, "RGB"):
         raise UsageError(f"Core ML has no image of {channels} channels in the order {order}", hint="use --input tensor")
@@ -203,9 +239,19 @@ def classifies(network: Network) -> bool:
     return network.inputs[0].shape[0] == 1 and len(network.outputs) == 1 and len(network.outputs[0].shape) == 2
 
 
-def check(package: Package, precision: Precision, *, softmaxes: int, wide: frozenset[str] = frozenset()) -> None:
-    """Raises ExportError unless the saved program is what was asked for; `softmaxes` is what the network itself has,
-    `wide` the names of the operations that have to be float32 in a float16 program."""
+def check(
+    package: Package,
+    precision: Precision,
+    *,
+    softmaxes: int,
+    wide: frozenset[str] = frozenset(),
+    part: bool = False,
+) -> None:
+    """Raises ExportError unless the saved program is what was asked for; `softmaxes` is what the network itself has.
+
+    `wide` are the names of operations that have to be float32 in a float16 program. A `part` of a network may have no
+    product.
+    """
     asked = DTYPES[precision]
     operations = [operation for operation in package.operations if operation.name not in wide]
     products = [operation for operation in operations if operation.type in PRODUCTS]
@@ -224,7 +270,7 @@ def check(package: Package, precision: Precision, *, softmaxes: int, wide: froze
         and operation.outputs[0].dtype in DTYPES.values()
         and operation.outputs[0].dtype != asked
     ]
-    if wrong or not products:
+    if wrong or not (products or part):
         raise ExportError(f"{precision} was asked for, and not built: {', '.join(wrong[:3]) or 'there is no product'}")
     counts = Counter(operation.type for operation in package.operations)
     if counts["batch_norm"] or counts["softmax"] > softmaxes:
@@ -239,8 +285,8 @@ def specs(
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Inputs and outputs of the artefact."""
     (given,), outputs = network.inputs, network.outputs
-    batch, channels, height, width = given.shape
     if options.input == "image":
+        batch, channels, height, width = given.shape
         given = TensorSpec(given.name, (batch, height, width, channels), "uint8", "NHWC", "image")
     if classifier:
         outputs = (*outputs, TensorSpec(PROBABILITIES, outputs[0].shape, "float32", "NC"))
@@ -266,8 +312,8 @@ def usage(network: Network, options: CoreMLOptions, *, classifier: bool) -> str:
         "output": logits.name,
         "shape": list(given.shape),
         "logits": list(logits.shape),
-        "height": given.shape[2],
-        "width": given.shape[3],
+        "height": given.shape[-2],
+        "width": given.shape[-1],
     }
     return USAGE.format(
         **facts,

@@ -23,6 +23,7 @@ from castling_deploy.target import Artifact, Attestation, Missing, Network, Prec
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 FILE = "model.pte"
 LINE = "1.5."  # the forms, the runtime's thread pool and the reader of the file were checked with 1.5.1
@@ -62,6 +63,21 @@ forward = Runtime.get().load_program("{file}").load_method("forward")
 ```
 """
 
+SCRIPT = f"""\
+def run(folder, inputs):
+    import json
+
+    import torch
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(folder / "{FILE}")
+    names = json.loads(program.load_method("{METADATA}").execute([])[0])
+    tensors = [torch.from_numpy(inputs[name]) for name in names["inputs"]]
+    outputs = program.load_method("forward").execute(tensors)
+    return {{name: tensor.numpy().copy() for name, tensor in zip(names["outputs"], outputs)}}
+
+"""
+
 
 @dataclass(frozen=True)
 class ExecuTorchOptions:
@@ -77,6 +93,7 @@ class ExecuTorchTarget:
 
     name = "executorch"
     extra = "executorch"
+    runtime = "executorch"
     precisions: tuple[Precision, ...] = (Precision.FP32, Precision.FP16)
     options: type[Any] = ExecuTorchOptions
 
@@ -96,6 +113,9 @@ class ExecuTorchTarget:
 
     def refuse(self, options: ExecuTorchOptions, batch_size: int) -> None:
         pass  # every batch can be fixed
+
+    def lowered(self, network: Network, options: ExecuTorchOptions) -> nn.Module:
+        return in_xnnpack_forms(traced(network, Precision.FP32)).module(check_guards=False)
 
     def export(self, network: Network, precision: Precision, options: ExecuTorchOptions, folder: Path) -> Artifact:
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -155,6 +175,9 @@ class ExecuTorchTarget:
             yield session
         finally:
             session.close()
+
+    def script(self) -> str:
+        return SCRIPT
 
 
 def installed_version() -> str | None:
@@ -230,7 +253,7 @@ def check(contents: PteContents, network: Network, precision: Precision) -> None
     import torch
     from torch import nn
 
-    if not contents.delegates:
+    if not contents.delegates and not network.part:
         raise ExportError("XNNPACK takes no operation of this network", hint="report this network")
     for name, module in network.module.named_modules():
         narrow = precision is Precision.FP16 and not inside(name, network.islands)

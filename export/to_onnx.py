@@ -31,6 +31,9 @@ from castling_deploy.target import (
 if TYPE_CHECKING:
     import onnx
     import torch
+    from torch import nn
+
+    from castling_deploy.target import Arrays
 
 FILE = "model.onnx"
 BATCH = "batch"  # the name of a dynamic batch axis
@@ -64,6 +67,16 @@ auto outputs = session.Run(Ort::RunOptions{{}}, inputNames, &image, 1, outputNam
 ```
 """
 
+SCRIPT = f"""\
+def run(folder, inputs):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folder / "{FILE}", providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, inputs)))
+
+"""
+
 
 def require_opset(opset: int) -> None:
     """Raises UsageError for an opset that the networks are not written in."""
@@ -86,7 +99,7 @@ class OnnxOptions:
     """
 
     opset: int = 20
-    dynamic: bool = False
+    dynamic: bool = field(default=False, metadata={"whole": "network"})
     nms: bool = field(default=False, metadata={"task": "detection"})
 
     def __post_init__(self) -> None:
@@ -98,6 +111,7 @@ class OnnxTarget:
 
     name = "onnx"
     extra = ""
+    runtime = "ort"
     precisions: tuple[Precision, ...] = (Precision.FP32, Precision.FP16)
     options: type[Any] = OnnxOptions
 
@@ -118,6 +132,9 @@ class OnnxTarget:
             raise UsageError(
                 f"a dynamic batch and a batch of {batch_size} exclude each other", hint="leave out one of the two"
             )
+
+    def lowered(self, network: Network, options: OnnxOptions) -> nn.Module:
+        return exported_program(network, dynamic=False).module(check_guards=False)
 
     def export(self, network: Network, precision: Precision, options: OnnxOptions, folder: Path) -> Artifact:
         model = onnx_model(network, precision, options.opset, dynamic=options.dynamic, nms=options.nms)
@@ -142,6 +159,12 @@ class OnnxTarget:
     def load(self, folder: Path, *, threads: int = 1) -> Iterator[Session]:
         yield OnnxSession(folder / FILE, threads, WitnessKind.RUNTIME)
 
+    def constants(self, folder: Path) -> Arrays:
+        return constants(folder / FILE)
+
+    def script(self) -> str:
+        return SCRIPT
+
 
 def onnx_model(
     network: Network, precision: Precision, opset: int, *, dynamic: bool = False, nms: bool = False
@@ -157,7 +180,7 @@ def onnx_model(
     if precision is Precision.FP16:
         model = half(model, network.islands)
     softmaxes = sum(str(node.target) in ("aten.softmax.int", "aten._softmax.default") for node in program.graph.nodes)
-    check(model, precision, softmaxes=softmaxes)
+    check(model, precision, softmaxes=softmaxes, part=network.part)
     if nms:
         model = inferred(onnx_nms.with_boxes(model, network))
     try:
@@ -230,8 +253,11 @@ def translated(program: torch.export.ExportedProgram, network: Network, opset: i
     return inferred(model)
 
 
-def check(model: onnx.ModelProto, precision: Precision, *, softmaxes: int) -> None:
-    """Raises ExportError unless the graph is what was asked for; `softmaxes` is what the network itself has."""
+def check(model: onnx.ModelProto, precision: Precision, *, softmaxes: int, part: bool = False) -> None:
+    """Raises ExportError unless the graph is what was asked for; `softmaxes` is what the network itself has.
+
+    A `part` of a network may have no product in its precision.
+    """
     graph = model.graph
     operators = Counter(node.op_type for node in graph.node)
     left = [f"{operators[name]} {name}" for name in sorted(LEFTOVERS & operators.keys())]
@@ -243,7 +269,7 @@ def check(model: onnx.ModelProto, precision: Precision, *, softmaxes: int) -> No
     left += [f"the unused constant {tensor.name}" for tensor in graph.initializer if tensor.name not in used]
     if left:
         raise ExportError(f"the graph is not clean: {', '.join(left)}", hint="report this network")
-    if precision.value not in product_types(model):
+    if precision.value not in product_types(model) and not part:
         raise ExportError(
             f"{precision} was asked for, and no product of the graph is computed in it", hint="report this network"
         )
@@ -267,6 +293,17 @@ def write(model: onnx.ModelProto, path: Path) -> None:
             hint="use --precision fp16",
         )
     path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def constants(path: Path) -> dict[str, Any]:
+    """The initialisers of the file `path` by name, as arrays. Raises ExportError where it cannot be read."""
+    import onnx
+
+    try:
+        model = onnx.load(path)
+    except Exception as error:  # protobuf's DecodeError, whose module moves
+        raise ExportError(f"{path.name} cannot be read: {error}", hint="export the network again") from error
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
 
 def specs(network: Network, *, dynamic: bool) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:

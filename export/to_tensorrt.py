@@ -14,13 +14,18 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError
 from castling_deploy.export import onnx_attest, tensorrt_build, to_onnx
 from castling_deploy.export.onnx_session import OnnxSession
 from castling_deploy.export.tensorrt_session import EngineSession
 from castling_deploy.target import Artifact, Attestation, Missing, Network, Precision, Session, Witness, WitnessKind
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from castling_deploy.target import Arrays
 
 ENGINE = "model.engine"
 RTX = "tensorrt_rtx"
@@ -87,6 +92,7 @@ class TensorRTTarget:
 
     name = "tensorrt"
     extra = "tensorrt-rtx"
+    runtime = "tensorrt"
     precisions: tuple[Precision, ...] = (Precision.FP16, Precision.FP32)
     options: type[Any] = TensorRTOptions
 
@@ -104,6 +110,9 @@ class TensorRTTarget:
 
     def refuse(self, options: TensorRTOptions, batch_size: int) -> None:
         pass  # every batch can be fixed
+
+    def lowered(self, network: Network, options: TensorRTOptions) -> nn.Module:
+        return to_onnx.exported_program(network, dynamic=False).module(check_guards=False)
 
     def export(self, network: Network, precision: Precision, options: TensorRTOptions, folder: Path) -> Artifact:
         model = to_onnx.onnx_model(network, precision, options.opset)
@@ -151,6 +160,12 @@ class TensorRTTarget:
         yield engine_session(folder / ENGINE) or OnnxSession(
             folder / to_onnx.FILE, threads, WitnessKind.REFERENCE, remark=REMARK
         )
+
+    def constants(self, folder: Path) -> Arrays:
+        return to_onnx.constants(folder / to_onnx.FILE)
+
+    def script(self) -> str:
+        return to_onnx.SCRIPT
 
 
 def engine_problems(folder: Path, artifact: Artifact) -> tuple[str, ...]:

@@ -1,4 +1,5 @@
-"""The workflow of docs/ci.md can be copied: it parses, and the command accepts every castling line of it."""
+"""The workflow of docs/ci.md can be copied, and this repository's own is the same: both parse, and the command accepts
+every castling line of them."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ import yaml
 from castling_deploy.cli import castling
 from castling_deploy.target import target_named
 
-GUIDE = Path(__file__).resolve().parent.parent / "docs" / "ci.md"
+ROOT = Path(__file__).resolve().parent.parent
+GUIDE = ROOT / "docs" / "ci.md"
+OWN = yaml.safe_load((ROOT / ".github" / "workflows" / "castling.yml").read_text())
 
 
 def workflow() -> dict[Any, Any]:
@@ -27,6 +30,20 @@ def workflow() -> dict[Any, Any]:
 def steps(job: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = workflow()["jobs"][job]["steps"]
     return found
+
+
+def test_this_repository_runs_the_same_workflow() -> None:
+    """Its own checkpoint and its own clone instead of a package; every other step is the guide's."""
+    for job in ("export", "coreml"):
+        guide, own = (
+            [step for step in one if "pip install" not in step.get("run", "")]
+            for one in (steps(job), OWN["jobs"][job]["steps"])
+        )
+        for step in guide:
+            step.get("with", {}).pop("lfs", None)
+        assert [{key: value for key, value in step.items() if value != {}} for step in guide] == own
+    assert (ROOT / OWN["env"]["CHECKPOINT"]).is_file()
+    assert {"run": ".ci/run"} in OWN["jobs"]["gate"]["steps"]
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:

@@ -117,7 +117,7 @@ USAGE = {
     "saved numbers and a checkpoint": (
         ["verify", "--from", "parity.json", "--rel", "1e-3", "--checkpoint", "best.pth"],
         "run nothing",
-        "leave out folders, --checkpoint",
+        "leave out everything else but --json",
     ),
     "saved numbers without a limit": (["verify", "--from", "parity.json"], "go together", "--rel 1e-3"),
     "a limit of zero": (["verify", "--from", "parity.json", "--rel", "0"], "--rel", "castling verify --help"),

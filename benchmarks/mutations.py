@@ -1,0 +1,70 @@
+"""The gate's kill rate: every defect of `defects.py`, in every bundled network, exported to every target.
+
+    python benchmarks/mutations.py [--targets onnx,coreml] [--networks castling-levit-digits]
+
+Writes results/mutations.csv and leaves with 1 where a defect survived. A quarter of an hour on one core.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Iterator
+
+from defects import DEIT, GROSS, LEVIT, ON_FOLDED, ON_LEVIT, Defect, deep, tanh_gelu
+from gate import PROBES, RESULTS, Trial, told, tried, written
+from torch import nn
+
+from castling_deploy import bundled
+from castling_deploy.checkpoint import read
+from castling_deploy.identify import ModelCard, identify
+from castling_deploy.ladder import Ladder, climb
+from castling_deploy.probes import probes_for
+from castling_deploy.target import TARGETS, Precision, target_named
+from castling_deploy.task import task_named
+
+
+def climbed(name: str) -> tuple[nn.Module, ModelCard, Ladder]:
+    """A bundled network as trained, and its ladder on few images."""
+    network, card = identify(read(bundled.checkpoint_path(name)))
+    probes = probes_for(card.preprocessing, card.samples).few(PROBES)
+    return network, card, climb(network, task_named(card.task), card.outputs, probes)
+
+
+def cases(name: str, targets: list[str]) -> Iterator[tuple[Defect, bool, str, Precision]]:
+    """(defect, whether it is planted into the trained network, target, precision)."""
+    for target in targets:
+        precisions = target_named(target).precisions
+        for defect in ON_FOLDED + ((tanh_gelu,) if name == DEIT else ()):
+            yield defect, False, target, Precision.FP32
+        for defect in ON_LEVIT if name == LEVIT else ():
+            yield defect, True, target, Precision.FP32
+        if Precision.FP16 in precisions and name == LEVIT:
+            for defect in GROSS:
+                yield defect, False, target, Precision.FP16
+
+
+def main() -> int:
+    parser = ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--targets", default=",".join(name for name in TARGETS if target_named(name).missing() is None))
+    parser.add_argument("--networks", default=",".join(bundled.CHECKPOINTS))
+    asked = parser.parse_args()
+    trials: list[Trial] = []
+    for name in asked.networks.split(","):
+        network, card, ladder = climbed(name)
+        planned = list(cases(name, asked.targets.split(",")))
+        for number, (defect, on_trained, target, precision) in enumerate(planned, 1):
+            mutant = defect(network) if on_trained else defect(deep(ladder.folded))
+            trials.append(tried(defect.__name__, name, mutant, card, ladder, target, precision))
+            told(trials, number, len(planned))
+    written(trials, RESULTS / "mutations.csv")
+    survived = [trial for trial in trials if trial.verdict not in ("fail", "refused")]
+    defects = len({trial.subject for trial in trials})
+    print(f"{defects} defects, {len(trials)} artefacts: {len(trials) - len(survived)} killed, {len(survived)} survived")
+    for trial in survived:
+        print(f"survived: {trial}")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

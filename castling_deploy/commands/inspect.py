@@ -1,0 +1,53 @@
+"""`castling inspect`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from castling_deploy.commands.options import CONTEXT, ImageSize
+from castling_deploy.commands.outcome import print_json
+from castling_deploy.errors import UsageError
+from castling_deploy.plain import SCHEMA, plain
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("path", required=False, type=click.Path(path_type=Path))
+@click.option("--model", "-m", metavar="NAME", help="A bundled network.")
+@click.option("--imgsz", type=ImageSize(), metavar="H[,W]", help="Input size in pixels.")
+@click.option("--init-dconv", type=click.Choice(["zero"]), help="For experiments: a softmax network with a zero dconv.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def inspect(
+    path: Path | None,
+    model: str | None,
+    imgsz: tuple[int, int] | None,
+    init_dconv: Literal["zero"] | None,
+    as_json: bool,
+) -> int:
+    """What a checkpoint or an artefact folder PATH is (without one: a bundled network)."""
+    from castling_deploy import bundled, documents
+    from castling_deploy.artifact import read_folder
+    from castling_deploy.console import print_inspection
+    from castling_deploy.folder import MANIFEST
+    from castling_deploy.inspection import inspect_checkpoint
+    from castling_deploy.terminal import stderr_console
+
+    console = stderr_console()
+    if path is not None and (path / MANIFEST).is_file():
+        if model or imgsz or init_dconv:
+            raise UsageError(
+                "an artefact folder has its model and its size", hint="leave out --model, --imgsz and --init-dconv"
+            )
+        folder = read_folder(path)
+        console.print_json(json.dumps(plain(folder.manifest)))
+        document: Any = folder.manifest
+    else:
+        seen = inspect_checkpoint(path or bundled.checkpoint_path(model or bundled.DEFAULT), model, imgsz, init_dconv)
+        print_inspection(seen, console)
+        document = {"schema": SCHEMA, **plain(seen), "layers": documents.layers_document(seen.layers)}
+    if as_json:
+        print_json(document)
+    return 0

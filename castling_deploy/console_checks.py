@@ -1,0 +1,109 @@
+"""What `castling verify` shows people: the steps from the checkpoint to the artefact, then who ran it and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from castling_deploy.checks import Check, Examined
+from castling_deploy.console import MEANING, marked, number
+from castling_deploy.parity import Verdict, WitnessReport
+from castling_deploy.saved import PARITY, read_parity
+
+CLAIMS: Mapping[str, str] = {
+    "cast": "the auxiliary branch was cast away; an approximation, judged by the task's score",
+    "fold": "BatchNorm and constants folded; exact, judged in float64",
+    "lowered": "rewritten for the target; exact, judged in float64",
+    "exported": "the artefact; judged by the limit of its precision",
+    "compiled": "the engine built from it; judged by the limit of its precision",
+}
+
+
+def print_examined(seen: Examined, console: Console) -> None:
+    """Every check of one folder, in two tables; an error is told by its caller."""
+    if seen.recheck is None:
+        return
+    folder = seen.recheck.folder
+    console.print(f"{folder.path}: {folder.target} {folder.precision}, as it was exported", soft_wrap=True)
+    _print_ladder(seen, console)
+    table = Table(title="who ran it", title_justify="left", show_edge=False, pad_edge=False)
+    for column in ("witness", "its word", "images", "output", "error / spread", "limit", "verdict"):
+        table.add_column(column, overflow="fold")
+    reports = seen.recheck.golden if seen.recheck.parity is None else seen.recheck.parity.witnesses
+    for report in reports:
+        for row in _rows(report):
+            table.add_row(*row)
+    for absent in seen.recheck.absent:
+        table.add_row(absent.name, "not here", "-", "-", "-", "-", Text("not run", "yellow"))
+    console.print(table)
+    for kind in dict.fromkeys(report.witness.kind for report in reports):
+        console.print(f"  {kind}: {MEANING[kind]}", style="dim", soft_wrap=True)
+    for report in reports:
+        if report.failure is not None:
+            console.print(f"! {report.witness.name}: {report.failure.message}", style="red", soft_wrap=True)
+    for absent in seen.recheck.absent:
+        console.print(f"  to run {absent.name}: {absent.missing.fix}", soft_wrap=True)
+
+
+def _print_ladder(seen: Examined, console: Console) -> None:
+    assert seen.recheck is not None
+    document = read_parity(seen.recheck.folder.path / PARITY).document
+    groups = {check.group: None for check in seen.checks if check.name.startswith("rung ")}
+    for group in groups:
+        table = Table(title=f"from the checkpoint, {group}", title_justify="left", show_edge=False, pad_edge=False)
+        for column in ("step", "claim", "error / spread", "limit", "verdict"):
+            table.add_column(column, overflow="fold")
+        for check in seen.checks:
+            if check.group == group and check.name.startswith("rung "):
+                table.add_row(*_rung(check))
+        console.print(table)
+    accuracy, cast = document["accuracy"], document.get("cast")
+    if accuracy["trained"] is not None:
+        console.print(
+            f"  {accuracy['metric']}: {accuracy['trained']:.2f} as trained, {accuracy['reference']:.2f} after the "
+            f"cast, {number(accuracy['artifact'], '.2f')} by the artefact"
+        )
+    if cast and cast["layers"]:
+        console.print(f"  {cast_evidence(cast['layers'])}", soft_wrap=True)
+
+
+def cast_evidence(layers: Sequence[Mapping[str, Any]]) -> str:
+    """The proof of the cast in words: how much of the auxiliary branch was left when it was removed."""
+    density = max(layer["mask_density"] for layer in layers)
+    most = max(layers, key=lambda layer: layer["contribution"])
+    return (
+        f"the branch that was cast away, on real images: its mask was open for {density:.2%} of a layer's token pairs "
+        f"at most; its output was {most['contribution']:.2g} x the rest of its layer's at most ({most['path']})"
+    )
+
+
+def _rung(check: Check) -> tuple[str | Text, ...]:
+    name = check.name.removeprefix("rung ")
+    is_open = check.verdict is Verdict.INCONCLUSIVE and not check.decisive  # no labels: nothing decides
+    verdict = Text("open", "yellow") if is_open else marked(check.verdict)
+    limit = "-" if check.limit is None else f"{check.limit:.0e}"
+    return name, CLAIMS.get(name, ""), number(check.rel, ".1e"), limit, verdict
+
+
+def _rows(report: WitnessReport) -> list[tuple[str | Text, ...]]:
+    name, kind, images = report.witness.name, str(report.witness.kind), str(report.images or "-")
+    if report.failure is not None:
+        return [(name, kind, "-", "-", "-", "-", marked(report.verdict))]
+    if not report.outputs:
+        return [(name, kind, "-", "-", "-", "-", Text("taken", "green"))]
+    return [
+        (
+            name if index == 0 else "",
+            kind if index == 0 else "",
+            images if index == 0 else "",
+            output.name,
+            number(output.rel, ".1e"),
+            "-" if report.limit is None else f"{report.limit:.0e}",
+            marked(output.verdict),
+        )
+        for index, output in enumerate(report.outputs)
+    ]
