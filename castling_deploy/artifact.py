@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from castling_deploy import documents
+from castling_deploy import contract, documents
 from castling_deploy.errors import UsageError
 from castling_deploy.folder import MANIFEST, files_in, sha256
 from castling_deploy.identify import ModelCard
@@ -21,10 +21,12 @@ from castling_deploy.inspection import parameters
 from castling_deploy.ladder import Ladder
 from castling_deploy.latency import LatencyReport
 from castling_deploy.models.family import family_named
-from castling_deploy.parity import TOLERANCES, ParityReport, Verdict
+from castling_deploy.parity import TOLERANCES, ParityReport, Reference, Verdict
 from castling_deploy.plain import SCHEMA, plain
 from castling_deploy.preprocessing import Preprocessing
 from castling_deploy.range_audit import Audit
+from castling_deploy.selftests.facts import GoldenOutput, facts_of, golden_document, golden_output
+from castling_deploy.selftests.texts import texts
 from castling_deploy.target import Artifact, Network, Precision, Target, TensorSpec
 
 GOLDEN_IMAGES = 8
@@ -81,13 +83,11 @@ def describe(
     latency: LatencyReport | None,
 ) -> None:
     """Write everything beside the model into `folder`; the manifest, which holds every file's hash, last."""
-    golden = folder / "golden"
-    golden.mkdir()
-    affordable = GOLDEN_BYTES // (4 * card.output_values)
-    count = min(ladder.probes.real, max(LEAST_GOLDEN, min(GOLDEN_IMAGES, affordable)))
-    np.save(golden / "images.npy", ladder.probes.images[:count])
-    for name, values in ladder.outputs.items():
-        np.save(golden / f"{name}.npy", values[:count])
+    golden = _write_golden(folder, card, ladder, precision)
+    facts = facts_of(artifact, card.preprocessing, golden)
+    (folder / "selftest").mkdir()
+    for name, text in texts(target.selftests, facts).items():
+        (folder / "selftest" / name).write_text(text, encoding="utf-8")
     documents.write(folder / "parity.json", documents.parity_document(parity, ladder))
     if latency is not None:
         documents.write(folder / "latency.json", documents.latency_document(latency))
@@ -106,6 +106,8 @@ def describe(
             "inputs": artifact.inputs,
             "outputs": artifact.outputs,
             "preprocessing": card.preprocessing,
+            "preprocessing_steps": contract.steps(card.preprocessing, artifact.inputs[0]),
+            "golden": golden_document(golden),
             "labels": card.labels,
             "loads_with": artifact.loads_with,
             "details": artifact.details,
@@ -117,18 +119,25 @@ def describe(
     )
 
 
-def _resizing(pre: Preprocessing) -> str:
-    height, width = pre.size
-    if not pre.keep_ratio:
-        return f"resize to {height} x {width} pixels ({pre.resize_kernel}), whatever the ratio"
-    cover = f"{round(height / pre.crop_fraction)} x {round(width / pre.crop_fraction)} pixels ({pre.resize_kernel})"
-    return f"resize without distortion to cover {cover}, crop the centre to {height} x {width}"
+def _write_golden(folder: Path, card: ModelCard, ladder: Ladder, precision: Precision) -> tuple[GoldenOutput, ...]:
+    """Real images and what the reference says of them into golden/; how an error on them is judged."""
+    golden = folder / "golden"
+    golden.mkdir()
+    affordable = GOLDEN_BYTES // (4 * card.output_values)
+    count = min(ladder.probes.real, max(LEAST_GOLDEN, min(GOLDEN_IMAGES, affordable)))
+    np.save(golden / "images.npy", ladder.probes.images[:count])
+    judged = []
+    for name, reference in ladder.references.items():
+        few = Reference(reference.outputs[:count], count, reference.noise)
+        np.save(golden / f"{name}.npy", few.outputs)
+        judged.append(golden_output(few, name, TOLERANCES[precision]))
+    return tuple(judged)
 
 
 def _readme(
     card: ModelCard, ladder: Ladder, target: Target, precision: Precision, artifact: Artifact, parity: ParityReport
 ) -> str:
-    pre = card.preprocessing
+    steps = contract.steps(card.preprocessing, artifact.inputs[0])
     mark = "" if parity.verdict is Verdict.PASS else f"\n> **Parity: {parity.verdict}.** Do not ship this artefact.\n"
     notes = [f"- {note}" for note in (*card.warnings, *artifact.details.get("notes", ()))]
     if precision is Precision.FP16 and ladder.range_audit.islands:
@@ -157,16 +166,14 @@ def _readme(
             f"- `{spec.name}`: {spec.dtype} {list(spec.shape)}, {spec.layout}, {spec.content}"
             for spec in artifact.inputs
         ),
-        f"- preprocessing: {pre.channel_order}; {_resizing(pre)}"
-        + (
-            "."
-            if artifact.inputs[0].content == "image"
-            else f"; divide by 255, subtract {list(pre.mean)}, divide by {list(pre.std)}."
-        ),
         "- outputs: " + ", ".join(f"`{spec.name}` {list(spec.shape)}" for spec in artifact.outputs),
         "",
-        "`golden/images.npy` holds real images at the network's size, the other files beside it what the PyTorch "
-        "reference says of them.",
+        "From a picture to the input, exact to the last bit:",
+        "",
+        *(f"{number}. **{each.step}**: {each.rule}." for number, each in enumerate(steps, 1)),
+        "",
+        "`golden/images.npy` holds real images at the network's size (uint8, channels last: after the crop), the other "
+        "files beside it what the PyTorch reference says of them.",
         "",
         "## Loading it",
         "",
@@ -175,7 +182,16 @@ def _readme(
     ]
     if artifact.unfinished is not None:
         lines += ["## What is left to do", "", artifact.unfinished.reason, "", f"    {artifact.unfinished.fix}", ""]
-    lines += ["## Checking it", "", "    castling verify .", ""]
+    lines += [
+        "## Checking it",
+        "",
+        "    castling verify .",
+        "",
+        "and without castling-deploy, by the programs in `selftest/` (its README says how): "
+        + ", ".join(f"`{name}`" for name in target.selftests)
+        + ".",
+        "",
+    ]
     return "\n".join(lines)
 
 

@@ -20,6 +20,7 @@ from castling_deploy.commands.inspect import inspect
 from castling_deploy.commands.models import models
 from castling_deploy.commands.options import CONTEXT
 from castling_deploy.commands.outcome import print_json, say
+from castling_deploy.commands.preprocess import preprocess
 from castling_deploy.commands.setup import setup
 from castling_deploy.commands.verify import verify
 from castling_deploy.errors import CastlingError, UsageError
@@ -38,7 +39,7 @@ def castling() -> None:
     """
 
 
-for command in (export, verify, bench, diff, inspect, models, doctor, setup):
+for command in (export, verify, bench, diff, inspect, models, preprocess, doctor, setup):
     castling.add_command(command)
 
 

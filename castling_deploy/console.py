@@ -190,7 +190,7 @@ def print_health(health: Health, console: Console) -> None:
             runner.name,
             ", ".join(runner.targets),
             Text("yes", "green") if runner.missing is None else Text("no", "yellow"),
-            f"{runner.witness.name} ({runner.witness.kind})" if runner.missing is None else "-",
+            "-" if runner.witness is None else f"{runner.witness.name} ({runner.witness.kind})",
         )
     console.print()
     console.print(table)

@@ -41,7 +41,7 @@ class RunnerHealth:
     name: str
     targets: tuple[str, ...]
     missing: Missing | None
-    witness: Witness
+    witness: Witness | None
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,9 @@ def examine() -> Health:
             for target in targets
         ),
         tuple(
-            RunnerHealth(runner.name, runner.targets, runner.missing(), runner.witness())
+            RunnerHealth(runner.name, runner.targets, missing, None if missing else runner.witness())
             for runner in (*map(OwnWitness, targets), *runners())
+            for missing in (runner.missing(),)
         ),
     )
 

@@ -14,6 +14,7 @@ from castling_deploy.errors import ShapeError
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    from PIL.Image import Image
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -45,14 +46,22 @@ class Preprocessing:
         height, width = self.size
         picture = Image.fromarray(image).convert("L" if len(self.mean) == 1 else "RGB")
         if not self.keep_ratio:
-            squeezed = picture.resize((width, height), Image.Resampling[self.resize_kernel.upper()])
-            return np.asarray(squeezed).reshape(height, width, len(self.mean))
+            return np.asarray(self.scaled(picture, height, width)).reshape(height, width, len(self.mean))
         scale = max(height / self.crop_fraction / picture.height, width / self.crop_fraction / picture.width)
-        grown = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
-        picture = picture.resize(grown, Image.Resampling[self.resize_kernel.upper()])
+        picture = self.scaled(
+            picture, max(height, round(picture.height * scale)), max(width, round(picture.width * scale))
+        )
         left, top = (picture.width - width) // 2, (picture.height - height) // 2
         cropped = np.asarray(picture.crop((left, top, left + width, top + height)))
         return cropped.reshape(height, width, len(self.mean))
+
+    def scaled(self, picture: Image, height: int, width: int) -> Image:
+        """A picture at another size: its width first, then its height. Pillow 13, asked for both at once, begins with
+        the height where a picture gets wider and lower, and older ones never do: up to one level apart."""
+        from PIL import Image
+
+        kernel = Image.Resampling[self.resize_kernel.upper()]
+        return picture.resize((width, picture.height), kernel).resize((width, height), kernel)
 
     def normalised(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """(B, H, W, C) uint8 in `channel_order` -> (B, C, H, W) float32, what the network is fed."""

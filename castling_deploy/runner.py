@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from castling_deploy.errors import UsageError
 from castling_deploy.suggest import did_you_mean
-from castling_deploy.target import TARGETS, Artifact, Missing, Target, Witness, target_named
+from castling_deploy.target import TARGETS, Artifact, Missing, Precision, Target, Witness, target_named
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,8 +29,8 @@ class Runner(Protocol):
     """A runtime, an emulator, a simulator, an evaluator or a compiler that takes artefacts of `targets`.
 
     `name` is what `castling verify --on` takes; runners of different targets may share one. `images` is how many probes
-    it can afford (None: all of them). One that computes in another precision than the artefact is built for says so by
-    a method `arithmetic(precision) -> Precision`: that one's limit is then what it is judged by.
+    it can afford (None: all of them; 0: it is a builder). One that computes in another precision than the artefact's
+    has the member of `OwnArithmetic` too.
     """
 
     name: str
@@ -59,9 +59,20 @@ class SetUp(Runner, Protocol):
         """Fetch and build into `cache.cache_folder(name)`, whole or not at all. Raises SetupError."""
 
 
+class OwnArithmetic(Protocol):
+    """A runner that computes in another precision than the artefact's."""
+
+    def arithmetic(self, precision: Precision) -> Precision:
+        """The precision it computes in, for an artefact of `precision`: it sets the limit of the comparison."""
+
+
 RUNNERS: tuple[str, ...] = (
+    "castling_deploy.witnesses.openvino:OpenVINO",
     "castling_deploy.witnesses.ort_arm64:OrtArm64",
+    "castling_deploy.witnesses.ort_web:OrtWeb",
+    "castling_deploy.witnesses.qnn:QnnHost",
     "castling_deploy.witnesses.executorch_arm64:ExecuTorchArm64",
+    "castling_deploy.witnesses.tensorrt_rtx:RtxBuilder",
 )
 ALL = "all"
 
@@ -129,3 +140,10 @@ def chosen(target: Target, names: Sequence[str]) -> tuple[Runner, ...]:
 def to_set_up() -> Mapping[str, SetUp]:
     """What `castling setup` can fetch and build, by name."""
     return {runner.name: runner for runner in runners() if isinstance(runner, SetUp)}
+
+
+def arithmetic_of(runner: Runner, precision: Precision) -> Precision:
+    """The precision in which `runner` computes artefacts of `precision`."""
+    own = getattr(runner, "arithmetic", None)
+    computed: Precision = precision if own is None else own(precision)
+    return computed

@@ -159,7 +159,8 @@ class Target(Protocol):
     `precisions[0]` is the default. `options` is a frozen dataclass: its fields are the options the target
     understands, and its `__post_init__` refuses bad values; a field with `metadata={"task": ...}` is for networks of
     that task alone. `extra` is the pip extra that installs the toolchain. `runtime` is what `castling verify --on`
-    calls the target's own witness.
+    calls the target's own witness. `selftests` are the programs that travel with an artefact: their file names, and the
+    templates in `selftests/` that they are made from.
     """
 
     name: str
@@ -167,6 +168,7 @@ class Target(Protocol):
     runtime: str
     precisions: tuple[Precision, ...]
     options: type[Any]
+    selftests: Mapping[str, str]
 
     def missing(self) -> Missing | None:
         """What keeps this target from exporting here; None when nothing does. Imports no toolchain."""

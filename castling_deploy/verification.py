@@ -36,7 +36,7 @@ from castling_deploy.parity import (
 )
 from castling_deploy.progress import Advance
 from castling_deploy.quiet import toolchain
-from castling_deploy.runner import OwnWitness, Runner
+from castling_deploy.runner import OwnWitness, Runner, arithmetic_of
 from castling_deploy.target import Artifact, Network, Precision, Session, Target, TensorSpec, Witness, WitnessKind
 from castling_deploy.task import Derived, Outputs, Task
 
@@ -144,8 +144,7 @@ def testimony(
     images = len(next(iter(references.values())).outputs)
     if witness.kind is WitnessKind.BUILDER:
         return WitnessReport(witness, (), None, images=0)
-    arithmetic = getattr(runner, "arithmetic", None)
-    tolerance = TOLERANCES[arithmetic(precision) if arithmetic is not None else precision]
+    tolerance = TOLERANCES[arithmetic_of(runner, precision)]
     return WitnessReport(witness, compared(task, outputs, references, tolerance, size), None, tolerance.limit, images)
 
 

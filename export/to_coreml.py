@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -125,6 +125,7 @@ class CoreMLTarget:
     runtime = "coreml"
     precisions: tuple[Precision, ...] = (Precision.FP16, Precision.FP32)
     options: type[Any] = CoreMLOptions
+    selftests: Mapping[str, str] = {"selftest.py": "run_coreml.py", "Selftest.swift": "Selftest.swift"}
 
     def missing(self) -> Missing | None:
         package = find_spec("coremltools")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -96,6 +96,7 @@ class ExecuTorchTarget:
     runtime = "executorch"
     precisions: tuple[Precision, ...] = (Precision.FP32, Precision.FP16)
     options: type[Any] = ExecuTorchOptions
+    selftests: Mapping[str, str] = {"selftest.py": "run_executorch.py", "Selftest.kt": "Selftest.kt"}
 
     def missing(self) -> Missing | None:
         installed = installed_version()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -114,6 +114,7 @@ class OnnxTarget:
     runtime = "ort"
     precisions: tuple[Precision, ...] = (Precision.FP32, Precision.FP16)
     options: type[Any] = OnnxOptions
+    selftests: Mapping[str, str] = {"selftest.py": "run_onnxruntime.py", "selftest.cpp": "selftest.cpp"}
 
     def missing(self) -> Missing | None:
         for package in ("onnx", "onnxscript", "onnxruntime"):

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -95,6 +95,7 @@ class TensorRTTarget:
     runtime = "tensorrt"
     precisions: tuple[Precision, ...] = (Precision.FP16, Precision.FP32)
     options: type[Any] = TensorRTOptions
+    selftests: Mapping[str, str] = {"selftest.py": "run_onnxruntime.py"}
 
     def missing(self) -> Missing | None:
         return to_onnx.OnnxTarget().missing()  # the graph needs no TensorRT
@@ -135,11 +136,7 @@ class TensorRTTarget:
         if isinstance(module, Missing):
             return replace(artifact, unfinished=module)
         built = built_engine(module, folder / to_onnx.FILE, folder / ENGINE)
-        if not built["engine_products"].keys() <= artifact.details["products"].keys():
-            raise ExportError(
-                f"{precision} was asked for, and the engine's products are {built['engine_products']}",
-                hint=f"report this, with {module} {built['builder_version']}",
-            )
+        require_products(built, artifact.details["products"])
         notes = list(artifact.details["notes"])
         if not gpu_modules():
             notes.append(f"the engine was built by {module} {built['builder_version']}; no GPU here has run it")
@@ -204,17 +201,22 @@ def builder() -> str | Missing:
     """The module that builds engines on this machine, or why there is none."""
     reasons = []
     for module in MODULES:
-        if not installed(module):
-            reasons.append(f"{module} is not installed")
-            continue
-        try:
-            obstacle = in_child([module], limit_s=IMPORT_LIMIT_S)["obstacle"]
-        except ExportError as error:
-            obstacle = error.message
-        if obstacle is None:
+        reason = obstacle(module)
+        if reason is None:
             return module
-        reasons.append(obstacle)
+        reasons.append(reason)
     return Missing("; ".join(reasons), FIX)
+
+
+def obstacle(module: str) -> str | None:
+    """Why `module` cannot build here; None when it can. It is imported in a process of its own."""
+    if not installed(module):
+        return f"{module} is not installed"
+    try:
+        reason: str | None = in_child([module], limit_s=IMPORT_LIMIT_S)["obstacle"]
+    except ExportError as error:
+        return error.message
+    return reason
 
 
 def built_engine(module: str, model: Path, engine: Path, limit_s: float = BUILD_LIMIT_S) -> dict[str, Any]:
@@ -228,6 +230,15 @@ def built_engine(module: str, model: Path, engine: Path, limit_s: float = BUILD_
     if "refused" in answer:
         raise ExportError(f"{module} refuses {model.name}: {'; '.join(answer['refused'])}", hint=GRAPH_ALONE)
     return {**answer["built"], "engine_bytes": engine.stat().st_size}
+
+
+def require_products(built: Mapping[str, Any], products: Mapping[str, int]) -> None:
+    """Raises ExportError unless the engine computes its products in the types that the graph does."""
+    if not built["engine_products"].keys() <= products.keys():
+        raise ExportError(
+            f"the graph's products are {dict(products)}, and the engine's are {built['engine_products']}",
+            hint=f"report this, with {built['builder']} {built['builder_version']}",
+        )
 
 
 def in_child(arguments: list[str], limit_s: float) -> dict[str, Any]:

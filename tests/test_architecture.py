@@ -153,6 +153,8 @@ def test_the_wheel_holds_both_trees_the_checkpoints_and_nothing_else(
             assert any(name.endswith(f"{folder}/{path.name}") for name in sdist)
     for path in (ROOT / "castling_deploy" / "bundled").iterdir():
         assert f"castling_deploy/bundled/{path.name}" in wheel
+    for path in (ROOT / "castling_deploy" / "selftests" / "templates").glob("*.*"):
+        assert f"castling_deploy/selftests/templates/{path.name}" in wheel
     tops = {name.split("/")[0] for name in wheel}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"castling_deploy"}
 

@@ -1,0 +1,59 @@
+"""Qualcomm's simulated HTP runs whole artefacts, in float16, or none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from exported import CLASSIFIER, DETECTOR, Apart, damaged, exported, outputs_of, passed, verdicts, with_another_weight
+
+from castling_deploy.errors import ExportError
+from castling_deploy.parity import Verdict
+from castling_deploy.runner import arithmetic_of
+from castling_deploy.target import Precision, WitnessKind
+from castling_deploy.witnesses.qnn import QnnHost
+
+pytest.importorskip("onnxruntime_qnn")
+COUNT = 3  # images: one takes 0.7 s
+HTP = Apart(QnnHost())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_it_agrees_on_a_classifier_within_the_limit_of_float16(precision: str) -> None:
+    assert arithmetic_of(QnnHost(), Precision(precision)) is Precision.FP16
+    assert passed(verdicts(HTP, exported(CLASSIFIER, "onnx", precision), COUNT))
+
+
+def test_a_float32_artefact_is_computed_in_float16() -> None:
+    """The reason for `arithmetic`: bit for bit what the float16 artefact gives."""
+    full, half = (outputs_of(HTP, exported(CLASSIFIER, "onnx", name), 1)["logits"] for name in ("fp32", "fp16"))
+    assert np.array_equal(full, half)
+
+
+def test_a_dynamic_batch_is_fixed_to_one() -> None:
+    assert passed(verdicts(HTP, exported(CLASSIFIER, "onnx", "fp32", dynamic=True), COUNT))
+
+
+def test_a_detector_runs_without_its_boxes() -> None:
+    assert passed(verdicts(HTP, exported(DETECTOR, "onnx", "fp32"), COUNT))
+
+
+def test_what_the_cpu_would_have_to_compute_is_refused_by_name() -> None:
+    with pytest.raises(ExportError, match=r"the CPU would compute: .*NonMaxSuppression"):
+        outputs_of(HTP, exported(DETECTOR, "onnx", "fp32", nms=True), 1)
+
+
+def test_a_single_weight_is_seen(tmp_path: Path) -> None:
+    folder = with_another_weight(exported(CLASSIFIER, "onnx", "fp32"), tmp_path / "changed")
+    assert verdicts(HTP, folder, COUNT) == {"logits": Verdict.FAIL}
+
+
+def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="HTP does not run the artefact"):
+        outputs_of(HTP, damaged(exported(CLASSIFIER, "onnx", "fp32"), tmp_path / "damaged"), 1)
+
+
+def test_it_is_called_a_simulation() -> None:
+    assert QnnHost().missing() is None
+    assert QnnHost().witness().kind is WitnessKind.SIMULATED
