@@ -25,6 +25,7 @@ from castling_deploy.models.family import family_named
 from castling_deploy.parity import TOLERANCES, ParityReport, Reference, Verdict
 from castling_deploy.plain import SCHEMA, plain
 from castling_deploy.preprocessing import Preprocessing
+from castling_deploy.range_audit import Audit
 from castling_deploy.selftests.facts import GoldenOutput, facts_of, golden_document, golden_output
 from castling_deploy.selftests.texts import texts
 from castling_deploy.target import Artifact, Network, Precision, Target, TensorSpec
@@ -35,8 +36,11 @@ GOLDEN_BYTES = 2**26  # of their outputs
 LEAST_GOLDEN = 2  # images: without two there is no spread to measure an error against
 
 
-def network_for(card: ModelCard, folded: nn.Module, batch_size: int) -> Network:
-    """What the exporters are handed: the folded network with its interface and the facts that travel inside a file."""
+def network_for(card: ModelCard, folded: nn.Module, batch_size: int, audit: Audit | None = None) -> Network:
+    """What the exporters are handed: the folded network with its interface and the facts that travel inside a file.
+
+    `audit` is for float16, and tells them what has to stay in float32. Raises ExportError where all of it has to.
+    """
     height, width = card.config.image_size
     return Network(
         name=card.name,
@@ -59,6 +63,8 @@ def network_for(card: ModelCard, folded: nn.Module, batch_size: int) -> Network:
             "preprocessing": json.dumps(plain(card.preprocessing)),
             "labels": json.dumps(card.labels),
         },
+        islands=audit.module_paths() if audit else (),
+        reductions=audit.reduction_paths() if audit else (),
     )
 
 
@@ -87,7 +93,7 @@ def describe(
     documents.write(folder / "parity.json", documents.parity_document(parity, ladder))
     if latency is not None:
         documents.write(folder / "latency.json", documents.latency_document(latency))
-    (folder / "README.md").write_text(_readme(card, target, precision, artifact, parity), encoding="utf-8")
+    (folder / "README.md").write_text(_readme(card, ladder, target, precision, artifact, parity), encoding="utf-8")
     documents.write(
         folder / MANIFEST,
         sealed(
@@ -139,10 +145,16 @@ def _write_golden(folder: Path, card: ModelCard, ladder: Ladder, precision: Prec
     return tuple(judged)
 
 
-def _readme(card: ModelCard, target: Target, precision: Precision, artifact: Artifact, parity: ParityReport) -> str:
+def _readme(
+    card: ModelCard, ladder: Ladder, target: Target, precision: Precision, artifact: Artifact, parity: ParityReport
+) -> str:
     steps = contract.steps(card.preprocessing, artifact.inputs[0])
     mark = "" if parity.verdict is Verdict.PASS else f"\n> **Parity: {parity.verdict}.** Do not ship this artefact.\n"
     notes = [f"- {note}" for note in (*card.warnings, *artifact.details.get("notes", ()))]
+    if precision is Precision.FP16 and ladder.range_audit.islands:
+        notes.append(
+            f"- in float32: {', '.join(ladder.range_audit.module_paths())} (why: `range_audit` in parity.json)"
+        )
     lines = [
         f"# {card.name} for {target.name}, {precision}",
         mark,

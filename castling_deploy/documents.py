@@ -14,6 +14,8 @@ from castling_deploy.ladder import Ladder
 from castling_deploy.latency import LatencyReport, Timing
 from castling_deploy.parity import ParityReport, WitnessReport
 from castling_deploy.plain import plain
+from castling_deploy.range_audit import SAFE_EPS, Audit
+from castling_deploy.target import Precision
 
 
 def write(path: Path, document: Any) -> None:
@@ -90,6 +92,34 @@ def parity_document(report: ParityReport, ladder: Ladder) -> dict[str, Any]:
         "cast": cast_document(ladder),
         "rungs": [plain(rung) for rung in report.rungs],
         "witnesses": [witness_document(seen) for seen in report.witnesses],
+        "range_audit": audit_document(ladder.range_audit) if report.precision is Precision.FP16 else None,
+    }
+
+
+def audit_document(audit: Audit) -> dict[str, Any]:
+    """What was kept in float32 and why, and the operations that come nearest to what float16 holds."""
+    return {
+        "images": audit.images,
+        "operations": len(audit.ops),
+        "rel_rounded": audit.profile.whole,
+        "islands": [plain(island) for island in audit.islands],
+        "wide_reductions": [plain(island) for island in audit.reductions],
+        "value_scaling": {
+            "used": len(audit.scalings),
+            "needed": sum(scaling.needed for scaling in audit.scalings),
+            "largest_square_sum": max((scaling.square_sum for scaling in audit.scalings), default=None),
+            "without_it": max((scaling.unscaled for scaling in audit.scalings), default=None),
+        },
+        "eps": {
+            "safe_from": SAFE_EPS,
+            "below": len(audit.unsafe_eps),
+            "smallest": min((op.constant for op in audit.unsafe_eps if op.constant), default=None),
+            "smallest_guarded": min((op.guarded for op in audit.unsafe_eps if op.guarded is not None), default=None),
+        },
+        "least_headroom": [
+            {**plain(op), "headroom_bits": op.headroom_bits, "expected_error": op.expected_error}
+            for op in audit.least_headroom
+        ],
     }
 
 

@@ -15,6 +15,7 @@ from castling_deploy.errors import CheckpointError
 from castling_deploy.fold import FoldStep, fold
 from castling_deploy.parity import Array, Reference, Rung, Tolerance, Verdict, compare, worst
 from castling_deploy.probes import Probes
+from castling_deploy.range_audit import Audit, audit
 from castling_deploy.rewrite import copied
 from castling_deploy.task import Outputs, Task
 
@@ -66,6 +67,11 @@ class Ladder:
         if before is not None and after is not None:
             verdict = Verdict.PASS if before - after <= CAST_MAX_DROP else Verdict.FAIL
         return Rung("cast", rel, None, verdict)
+
+    @cached_property
+    def range_audit(self) -> Audit:
+        """What float16 would do to the folded network; found out when the first float16 artefact asks."""
+        return audit(self.folded, self.probes, self.references)
 
     @cached_property
     def trained_score(self) -> float | None:

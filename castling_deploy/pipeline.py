@@ -26,7 +26,7 @@ from castling_deploy.probes import probes_for
 from castling_deploy.progress import Progress, Silent
 from castling_deploy.quiet import toolchain
 from castling_deploy.request import Request, Step, plan
-from castling_deploy.target import Artifact, Missing, Network, refuse_for_task
+from castling_deploy.target import Artifact, Missing, Network, Precision, refuse_for_task
 from castling_deploy.task import task_named
 from castling_deploy.verification import lowered_rung, measure, verify_artifact
 
@@ -95,7 +95,6 @@ def produce(request: Request, step: Step, card: ModelCard, ladder: Ladder, progr
     missing = step.target.missing()
     if missing is not None:
         return Result(step, missing=missing)
-    network = written.network_for(card, ladder.folded, request.batch_size)
     path = folder_of(request, card, step)
     name = step.target.name
     try:
@@ -105,6 +104,8 @@ def produce(request: Request, step: Step, card: ModelCard, ladder: Ladder, progr
             witness = stack.enter_context(Worker(request.limits))
             folder = stack.enter_context(artifact_folder(path, overwrite=request.overwrite))
             with progress.stage(f"{name}: export {step.precision}"):
+                audit = ladder.range_audit if step.precision is Precision.FP16 else None
+                network = written.network_for(card, ladder.folded, request.batch_size, audit)
                 artifact = maker.call(f"{name}: export", exported, step, network, folder)
                 lowered = lowered_rung(step.target, network, step.options, ladder, maker.call)
             with progress.stage(f"{name}: verify") as advance:

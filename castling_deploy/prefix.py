@@ -188,7 +188,8 @@ class Traced:
             TensorSpec(VALUE if len(ends) == 1 else f"{VALUE}{index}", tuple(node.meta["val"].shape), "float32", "")
             for index, node in enumerate(ends)
         )
-        return replace(self.network, module=module.eval(), inputs=inputs, outputs=outputs, labels=None, part=True)
+        network = replace(self.network, module=module.eval(), inputs=inputs, outputs=outputs, labels=None, part=True)
+        return replace(network, islands=(), reductions=())  # a cut graph has operators and no modules to keep wide
 
 
 def stack(node: fx.Node) -> list[tuple[str, str]]:

@@ -67,8 +67,10 @@ class TensorSpec:
 class Network:
     """What every exporter is handed: a folded network in eval mode, in float32, and the facts around it.
 
-    `module` maps (B, C, H, W) float32, normalised, to logits (B, classes). A `part` of a network, cut out to find where
-    an artefact goes wrong, has an input and an output of any rank, and maybe no product that an exporter could check.
+    `module` maps (B, C, H, W) float32, normalised, to logits (B, classes). For float16, `islands` are paths of modules
+    that have to be computed in float32, `reductions` of those whose sums, means and norms have to be (`range_audit`
+    finds both). A `part` of a network, cut out to find where an artefact goes wrong, has an input and an output of any
+    rank, and maybe no product that an exporter could check.
     """
 
     name: str
@@ -79,6 +81,8 @@ class Network:
     labels: tuple[str, ...] | None
     description: str
     metadata: Mapping[str, str]
+    islands: tuple[str, ...] = ()
+    reductions: tuple[str, ...] = ()
     part: bool = False
 
     def example(self) -> tuple[torch.Tensor, ...]:
@@ -114,6 +118,22 @@ class Artifact:
     usage: str
     details: Mapping[str, Any] = field(default_factory=dict)
     unfinished: Missing | None = None
+
+
+@dataclass(frozen=True)
+class Attestation:
+    """What the files of an artefact say about themselves: in which types it computes and stores its weights.
+
+    `products` are convolutions and matrix products by precision ("fp32", "fp16", "int8"), which is what a precision
+    is asked for; `operations` all operations, `weight_bytes` all constants, both by numpy's name of the dtype.
+    `problems` is empty where the files are in the precision that is claimed: float32 islands are counted, not blamed.
+    """
+
+    precision: Precision
+    products: Mapping[str, int]
+    operations: Mapping[str, int]
+    weight_bytes: Mapping[str, int]
+    problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -171,6 +191,10 @@ class Target(Protocol):
 
     def export(self, network: Network, precision: Precision, options: Any, folder: Path) -> Artifact:
         """Write the artefact into `folder` (which exists and is empty). Raises ExportError."""
+
+    def attest(self, folder: Path, artifact: Artifact, precision: Precision) -> Attestation:
+        """Whether the files of `folder` are in `precision`, read from them alone. Raises ExportError where they cannot
+        be read."""
 
     def load(self, folder: Path, *, threads: int = 1) -> AbstractContextManager[Session]:
         """The artefact of `folder`, loaded by the strongest witness present here. Raises ExportError."""

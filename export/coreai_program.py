@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError, ShapeError
-from castling_deploy.export.torch_half import in_half
+from castling_deploy.export.half_network import in_half
 from castling_deploy.target import Network, Precision
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ def exported_program(network: Network, precision: Precision) -> torch.export.Exp
                 f"'{spec.name}' has the shape {spec.shape}, and this target writes fixed shapes",
                 hint="give every axis a size: --batch-size, --imgsz",
             )
-    module = with_affine_norms(in_half(network.module)) if precision is Precision.FP16 else network.module
+    module = (
+        with_affine_norms(in_half(network.module, network.islands)) if precision is Precision.FP16 else network.module
+    )
     try:
         with torch.no_grad():
             return torch.export.export(module, network.example()).run_decompositions(get_decomp_table())

@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError
+from castling_deploy.export.scopes import REDUCTIONS, inside, kind, module_stack
 from castling_deploy.target import Network, Precision
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+INTERFACE = "network"  # the network's name in what is exported
+WIDE = 32  # a debug handle
 
 
 def exported_program(network: Network, *, pixels: bool, scores: bool) -> torch.export.ExportedProgram:
@@ -61,8 +65,9 @@ def converted(
     *,
     pixels: bool,
     outputs: tuple[str, ...],
-) -> Any:
-    """The program as coremltools' MLModel, float32 at its interface. Raises ExportError."""
+) -> tuple[Any, frozenset[str]]:
+    """The program as coremltools' MLModel, float32 at its interface, and the names of the operations that are in
+    float32 besides because the network cannot do without. Raises ExportError."""
     import coremltools as ct
     import numpy as np
 
@@ -73,15 +78,42 @@ def converted(
         if pixels
         else ct.TensorType(name=spec.name, shape=spec.shape, dtype=np.float32)
     )
+    mark_wide(program, network)
     try:
-        return ct.convert(
+        model = ct.convert(
             program,
             convert_to="mlprogram",
             minimum_deployment_target=ct.target.iOS17,
             skip_model_load=True,
-            compute_precision=ct.precision.FLOAT16 if precision is Precision.FP16 else ct.precision.FLOAT32,
+            compute_precision=(
+                ct.transform.FP16ComputePrecision(lambda operation: not is_wide(operation))
+                if precision is Precision.FP16
+                else ct.precision.FLOAT32
+            ),
             inputs=[given],
             outputs=[ct.TensorType(name=name, dtype=np.float32) for name in outputs],
         )
     except Exception as error:  # ValueError, NotImplementedError, RuntimeError, AssertionError, ...
         raise ExportError(f"coremltools refuses the network: {error}") from error
+    operations = model._mil_program.functions["main"].operations  # 9.0: what was written, with its scopes
+    return model, frozenset(operation.name for operation in operations if is_wide(operation))
+
+
+def mark_wide(program: torch.export.ExportedProgram, network: Network) -> None:
+    """Mark the nodes that stay in float32 in a float16 program: those of the network's islands and reductions.
+
+    coremltools carries one number from a node of torch's graph to the operations that it makes of it, through all its
+    passes: the debug handle. It has no room for a module's path.
+    """
+    for node in program.graph.nodes:
+        path = module_stack(node)[-1].removeprefix(INTERFACE).removeprefix(".")
+        reduces = kind(node) in REDUCTIONS and path in network.reductions
+        if node.op == "call_function" and (reduces or inside(path, network.islands)):
+            node.meta["debug_handle"] = WIDE
+
+
+def is_wide(operation: Any) -> bool:
+    """Whether an operation of coremltools was made of a node that is marked."""
+    from coremltools.converters.mil.mil.scope import ScopeSource
+
+    return WIDE in operation.scopes.get(ScopeSource.EXIR_DEBUG_HANDLE, ())

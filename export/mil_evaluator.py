@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from castling_deploy.errors import ExportError, ShapeError, UsageError
+from castling_deploy.export.binary16 import SMALLEST_NORMAL
 from castling_deploy.export.mil_ops import operations
 from castling_deploy.export.mil_package import NUMPY, Declared, Feature, Operation, Package, read_package
 from castling_deploy.export.mil_shape_ops import UnsupportedOpError
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
     Output = npt.NDArray[np.generic] | str | int | dict[str | int, float]
 
-SMALLEST_NORMAL = 2.0**-14  # of float16
 VARIADIC = "values"  # the one parameter that takes several values
 
 

@@ -1,19 +1,20 @@
 """float16 by explicit Cast nodes: an ONNX graph whose every type is written down, as strongly typed runtimes need it.
 
 Arithmetic and weights are float16. What float16 cannot hold stays float32, between casts: reductions (a sum of squares
-passes 65504 long before its terms do), the division that closes a norm, and nodes with a constant that float16 would
-turn into something else. The interface stays float32.
+passes 65504 long before its terms do), the division that closes a norm, nodes with a constant that float16 would turn
+into something else, and the modules that the network's own values leave float16 in. The interface stays float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from castling_deploy.errors import ExportError
+from castling_deploy.export.binary16 import fits
+from castling_deploy.export.scopes import inside, module_of
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
     import onnx
 
 # Operators with a sum over an axis in them.
@@ -21,18 +22,16 @@ REDUCTIONS = frozenset({"LayerNormalization", "ReduceL2", "ReduceMean", "ReduceS
 # x / max(||x||, floor): float32 as long as the norm is, so that a norm is not rounded before it divides.
 CLOSES_A_NORM = frozenset({"Clip", "Div", "Max"})
 
-LARGEST, SMALLEST_NORMAL, UNIT_ROUNDOFF = 65504.0, 2.0**-14, 2.0**-11  # IEEE 754 binary16
 
-
-def half(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A new model that computes the float32 `model` in float16, its reductions in float32.
+def half(model: onnx.ModelProto, islands: Sequence[str] = ()) -> onnx.ModelProto:
+    """A new model that computes the float32 `model` in float16, its reductions and the modules `islands` in float32.
 
     A float32 tensor keeps its name and its float16 rounding is called `<name>_fp16`. Either is made at most once, where
     it is first needed, so that no two casts cancel. Raises ExportError when the result would not be well typed.
     """
     import onnx
 
-    rewriting = _Rewriting(model)
+    rewriting = _Rewriting(model, islands)
     for node in model.graph.node:
         rewriting.append(node)
     for output in model.graph.output:
@@ -57,29 +56,13 @@ def inferred(model: onnx.ModelProto) -> onnx.ModelProto:
         raise ExportError(f"the graph is not well typed: {error}", hint="report this network") from error
 
 
-def fits(constant: npt.NDArray[np.float32]) -> bool:
-    """Whether float16 holds a constant to its precision, 2^-11 relative, taken over the whole tensor.
-
-    The largest entry has to be a normal float16, neither infinite nor subnormal. Entries far below it may become
-    subnormal, as long as the tensor as a whole loses no more than rounding.
-    """
-    import numpy as np
-
-    peak = float(np.abs(constant).max(initial=0.0))
-    if peak == 0.0:
-        return True
-    if not SMALLEST_NORMAL <= peak <= LARGEST:
-        return False
-    wide = constant.astype(np.float64)
-    return float(np.linalg.norm(wide - constant.astype(np.float16))) <= UNIT_ROUNDOFF * float(np.linalg.norm(wide))
-
-
 class _Rewriting:
     """The typed graph under construction: `nodes` in topological order, and the constants that they use."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, islands: Sequence[str]) -> None:
         import onnx
 
+        self.islands = islands
         self.float, self.half = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
         graph = inferred(model).graph
         self.opset = model.opset_import[0].version
@@ -142,6 +125,7 @@ class _Rewriting:
         """Whether a node computes in float32."""
         return (
             node.op_type in REDUCTIONS
+            or inside(module_of(node.name), self.islands)
             or (node.op_type in CLOSES_A_NORM and not self.born_wide.isdisjoint(node.input))
             or not all(fits(self.constants[name]) for name in node.input if name in self.constants)
         )

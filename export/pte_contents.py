@@ -7,32 +7,43 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 METHOD = "forward"
+DTYPES = {"FLOAT": "float32", "HALF": "float16", "CHAR": "int8"}  # ExecuTorch's names of dtypes -> numpy's
 
 
 @dataclass(frozen=True)
 class PteContents:
     """How often `forward` calls a delegate, and how often, by name, an operation outside the delegates.
 
-    `constants` are the bytes of the constant tensors: the delegates' weights, and the program's own.
+    `constants` are the bytes of the constant tensors: the delegates' weights, and the program's own. `payloads` are
+    what the delegates are handed, by the delegates' name; `outside_dtypes` counts what the operations outside make.
     """
 
     delegates: int
     outside: Mapping[str, int]
     constants: frozenset[bytes]
+    payloads: tuple[tuple[str, bytes], ...]
+    outside_dtypes: Mapping[str, int]
 
 
 def pte_contents(data: bytes) -> PteContents:
     """The contents of the .pte file `data`."""
     from executorch.exir._serialize._program import deserialize_pte_binary
-    from executorch.exir.schema import DelegateCall, KernelCall
+    from executorch.exir.schema import DelegateCall, KernelCall, Tensor
 
     file = deserialize_pte_binary(data)
     (plan,) = (plan for plan in file.program.execution_plan if plan.name == METHOD)
     calls = [instruction.instr_args for chain in plan.chains for instruction in chain.instructions]
     outside = Counter(plan.operators[call.op_index].name for call in calls if isinstance(call, KernelCall))
+    makes = [plan.values[call.args[-1]].val for call in calls if isinstance(call, KernelCall)]
+    names = Counter(DTYPES.get(value.scalar_type.name, "other") for value in makes if isinstance(value, Tensor))
     named = file.named_data.buffers if file.named_data else []
     return PteContents(
         sum(isinstance(call, DelegateCall) for call in calls),
         outside,
         frozenset(map(bytes, [*named, *(item.storage for item in file.program.constant_buffer)])),
+        tuple(
+            (delegate.id, bytes(file.program.backend_delegate_data[delegate.processed.index].data))
+            for delegate in plan.delegates
+        ),
+        names,
     )

@@ -14,12 +14,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from castling_deploy.errors import ExportError, UsageError
+from castling_deploy.export.attesting import attestation
+from castling_deploy.export.binary16 import SMALLEST_NORMAL
 from castling_deploy.export.coreml_package import classify, describe, distinct, write_package
 from castling_deploy.export.coreml_program import converted, exported_program
 from castling_deploy.export.coreml_session import EvaluatedSession, PredictSession
-from castling_deploy.export.mil_evaluator import SMALLEST_NORMAL, load_program
+from castling_deploy.export.mil_evaluator import load_program
 from castling_deploy.export.mil_package import Package, read_package
-from castling_deploy.target import Artifact, Missing, Network, Precision, Session, TensorSpec, Witness, WitnessKind
+from castling_deploy.target import (
+    Artifact,
+    Attestation,
+    Missing,
+    Network,
+    Precision,
+    Session,
+    TensorSpec,
+    Witness,
+    WitnessKind,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,7 +43,7 @@ INPUTS = ("tensor", "image")
 LABEL, PROBABILITIES, SCORES = "label", "probabilities", "scores"
 
 DTYPES = {Precision.FP16: "FLOAT16", Precision.FP32: "FLOAT32"}  # MIL's names
-PRODUCTS = frozenset({"conv", "linear", "matmul"})
+PRODUCTS = frozenset({"conv", "conv_transpose", "einsum", "linear", "matmul"})
 BORDER = frozenset({"cast", "classify"})  # may touch float32 in a float16 program
 
 USAGE = """\
@@ -154,7 +166,7 @@ class CoreMLTarget:
         pixels, scores = options.input == "image", bool(classes)
         program = exported_program(network, pixels=pixels, scores=scores)
         outputs = (*(spec.name for spec in network.outputs), *([SCORES] if scores else []))
-        mlmodel = converted(program, network, precision, pixels=pixels, outputs=outputs)
+        mlmodel, wide = converted(program, network, precision, pixels=pixels, outputs=outputs)
         model = mlmodel.get_spec()
         if classes:
             classify(model, SCORES, LABEL, PROBABILITIES, classes)
@@ -162,7 +174,7 @@ class CoreMLTarget:
         write_package(model, Path(mlmodel.weights_dir), folder / FILE)
         package = read_package(folder / FILE)
         softmaxes = sum("softmax" in str(node.target) for node in program.graph.nodes)
-        check(package, precision, softmaxes=softmaxes, part=network.part)
+        check(package, precision, softmaxes=softmaxes, wide=wide, part=network.part)
         return Artifact(
             (FILE,),
             *specs(network, options, classifier=scores),
@@ -170,6 +182,21 @@ class CoreMLTarget:
             loads_with=("Core ML on iOS 17 or macOS 14", "coremltools on macOS"),
             usage=usage(network, options, classifier=scores),
             details=facts(package, network, classes),
+        )
+
+    def attest(self, folder: Path, artifact: Artifact, precision: Precision) -> Attestation:
+        package = read_package(folder / FILE)
+        products = [operation for operation in package.operations if operation.type in PRODUCTS]
+        weights: Counter[str] = Counter()
+        for value in package.constants.values():
+            if not isinstance(value, (str, list)):
+                weights[value.dtype.name] += value.nbytes
+        return attestation(
+            artifact,
+            precision,
+            Counter(operation.outputs[0].dtype.lower() for operation in products),
+            Counter(operation.outputs[0].dtype.lower() for operation in package.operations),
+            weights,
         )
 
     @contextmanager
@@ -213,13 +240,22 @@ def classifies(network: Network) -> bool:
     return network.inputs[0].shape[0] == 1 and len(network.outputs) == 1 and len(network.outputs[0].shape) == 2
 
 
-def check(package: Package, precision: Precision, *, softmaxes: int, part: bool = False) -> None:
+def check(
+    package: Package,
+    precision: Precision,
+    *,
+    softmaxes: int,
+    wide: frozenset[str] = frozenset(),
+    part: bool = False,
+) -> None:
     """Raises ExportError unless the saved program is what was asked for; `softmaxes` is what the network itself has.
 
-    A `part` of a network may have no product.
+    `wide` are the names of operations that have to be float32 in a float16 program. A `part` of a network may have no
+    product.
     """
     asked = DTYPES[precision]
-    products = [operation for operation in package.operations if operation.type in PRODUCTS]
+    operations = [operation for operation in package.operations if operation.name not in wide]
+    products = [operation for operation in operations if operation.type in PRODUCTS]
     weights = {
         name
         for operation in products
@@ -230,7 +266,7 @@ def check(package: Package, precision: Precision, *, softmaxes: int, part: bool 
     wrong = [name for name in sorted(weights) if package.dtype(name) != asked]
     wrong += [
         operation.name
-        for operation in package.operations
+        for operation in operations
         if operation.type not in BORDER
         and operation.outputs[0].dtype in DTYPES.values()
         and operation.outputs[0].dtype != asked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError, ShapeError
+from castling_deploy.export.attesting import attestation
 from castling_deploy.export.executorch_session import METADATA, ExecuTorchSession
+from castling_deploy.export.half_network import in_half
 from castling_deploy.export.pte_contents import PteContents, pte_contents
-from castling_deploy.export.torch_half import in_half
+from castling_deploy.export.scopes import inside
 from castling_deploy.export.xnnpack_forms import in_xnnpack_forms
-from castling_deploy.target import Artifact, Missing, Network, Precision, Session, Witness, WitnessKind
+from castling_deploy.export.xnnpack_payload import read_payload
+from castling_deploy.target import Artifact, Attestation, Missing, Network, Precision, Session, Witness, WitnessKind
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 FILE = "model.pte"
 LINE = "1.5."  # the forms, the runtime's thread pool and the reader of the file were checked with 1.5.1
 FIX = "pip install 'castling-deploy[executorch]'"
+BACKEND = "XnnpackBackend"
 CAST = "dim_order_ops::_to_dim_order_copy"
 
 USAGE = """\
@@ -148,6 +153,22 @@ class ExecuTorchTarget:
             facts(contents, edge.exported_program().graph_module, precision),
         )
 
+    def attest(self, folder: Path, artifact: Artifact, precision: Precision) -> Attestation:
+        try:
+            contents = pte_contents((folder / FILE).read_bytes())
+        except Exception as error:  # OSError, and what ExecuTorch's reader says of a damaged file: ValueError, struct's
+            raise ExportError(f"{FILE} cannot be read: {error}", hint="export the network again") from error
+        payloads = [read_payload(data) for name, data in contents.payloads if name == BACKEND]
+        others = sorted({name for name, _ in contents.payloads} - {BACKEND})
+        return attestation(
+            artifact,
+            precision,
+            sum((payload.products for payload in payloads), Counter()),
+            sum((payload.operations for payload in payloads), Counter(contents.outside_dtypes)),
+            sum((payload.constant_bytes for payload in payloads), Counter()),
+            [f"a delegate for {name} is in the file, which is not read here" for name in others],
+        )
+
     @contextmanager
     def load(self, folder: Path, *, threads: int = 1) -> Iterator[Session]:
         session = ExecuTorchSession(folder / FILE, threads, self.witness())
@@ -177,7 +198,7 @@ def traced(network: Network, precision: Precision) -> torch.export.ExportedProgr
                 f"'{spec.name}' has the shape {spec.shape}, and a .pte file for XNNPACK has fixed shapes",
                 hint="give every axis a size: --batch-size, --imgsz",
             )
-    module = in_half(network.module) if precision is Precision.FP16 else network.module
+    module = in_half(network.module, network.islands) if precision is Precision.FP16 else network.module
     try:
         with torch.no_grad():
             return torch.export.export(module, network.example())
@@ -235,8 +256,9 @@ def check(contents: PteContents, network: Network, precision: Precision) -> None
 
     if not contents.delegates and not network.part:
         raise ExportError("XNNPACK takes no operation of this network", hint="report this network")
-    dtype = torch.float16 if precision is Precision.FP16 else torch.float32
     for name, module in network.module.named_modules():
+        narrow = precision is Precision.FP16 and not inside(name, network.islands)
+        dtype = torch.float16 if narrow else torch.float32
         if isinstance(module, nn.Linear) and stored(module.weight.detach().to(dtype)) not in contents.constants:
             raise ExportError(
                 f"{precision} was asked for, and the file does not hold {name}.weight in it", hint="report this network"

@@ -13,10 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError, UsageError
-from castling_deploy.export import onnx_nms
+from castling_deploy.export import onnx_attest, onnx_nms
 from castling_deploy.export.onnx_half import half, inferred
 from castling_deploy.export.onnx_session import OnnxSession
-from castling_deploy.target import Artifact, Missing, Network, Precision, Session, TensorSpec, Witness, WitnessKind
+from castling_deploy.target import (
+    Artifact,
+    Attestation,
+    Missing,
+    Network,
+    Precision,
+    Session,
+    TensorSpec,
+    Witness,
+    WitnessKind,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -30,7 +40,6 @@ BATCH = "batch"  # the name of a dynamic batch axis
 OPSETS = range(20, 26)  # what torch 2.13 writes directly; ONNX Runtime 1.32 and TensorRT-RTX 1.7.1 read them all
 LARGEST_FILE = 2**31 - 1  # bytes in one protobuf message
 
-PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
 LEFTOVERS = frozenset({"BatchNormalization", "Dropout", "Identity"})
 
 USAGE = """\
@@ -144,6 +153,9 @@ class OnnxTarget:
             details["notes"].append("the time includes the boxes; PyTorch's ends with the raw outputs")
         return Artifact((FILE,), inputs, outputs, tools(), ("onnxruntime",), usage, details)
 
+    def attest(self, folder: Path, artifact: Artifact, precision: Precision) -> Attestation:
+        return onnx_attest.attest(folder / FILE, artifact, precision)
+
     @contextmanager
     def load(self, folder: Path, *, threads: int = 1) -> Iterator[Session]:
         yield OnnxSession(folder / FILE, threads, WitnessKind.RUNTIME)
@@ -167,7 +179,7 @@ def onnx_model(
     program = exported_program(network, dynamic=dynamic)
     model = translated(program, network, opset)
     if precision is Precision.FP16:
-        model = half(model)
+        model = half(model, network.islands)
     softmaxes = sum(str(node.target) in ("aten.softmax.int", "aten._softmax.default") for node in program.graph.nodes)
     check(model, precision, softmaxes=softmaxes, part=network.part)
     if nms:
@@ -271,7 +283,7 @@ def product_types(model: onnx.ModelProto) -> Counter[str]:
     names = {onnx.TensorProto.FLOAT: Precision.FP32.value, onnx.TensorProto.FLOAT16: Precision.FP16.value}
     graph = model.graph
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info, *graph.output)}
-    return Counter(names[types[node.output[0]]] for node in graph.node if node.op_type in PRODUCTS)
+    return Counter(names[types[node.output[0]]] for node in graph.node if node.op_type in onnx_attest.PRODUCTS)
 
 
 def write(model: onnx.ModelProto, path: Path) -> None:

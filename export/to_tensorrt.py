@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError
-from castling_deploy.export import tensorrt_build, to_onnx
+from castling_deploy.export import onnx_attest, tensorrt_build, to_onnx
 from castling_deploy.export.onnx_session import OnnxSession
 from castling_deploy.export.tensorrt_session import EngineSession
-from castling_deploy.target import Artifact, Missing, Network, Precision, Session, Witness, WitnessKind
+from castling_deploy.target import Artifact, Attestation, Missing, Network, Precision, Session, Witness, WitnessKind
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from castling_deploy.target import Arrays
 
 ENGINE = "model.engine"
-MODULES = ("tensorrt", "tensorrt_rtx")  # in order of preference; the first builds on a GPU only
+RTX = "tensorrt_rtx"
+MODULES = ("tensorrt", RTX)  # in order of preference; the first builds on a GPU only
 BUILD_LIMIT_S = 3600  # TensorRT-RTX takes 1 s for DeiT-T; TensorRT times its kernels first
 IMPORT_LIMIT_S = 60
 REMARK = " (typed graph)"
@@ -146,6 +148,10 @@ class TensorRTTarget:
             details={**artifact.details, **built, "notes": notes},
         )
 
+    def attest(self, folder: Path, artifact: Artifact, precision: Precision) -> Attestation:
+        """The graph's types; and the engine's, where its builder is here: TensorRT-RTX writes the same bytes again."""
+        return onnx_attest.attest(folder / to_onnx.FILE, artifact, precision, engine_problems(folder, artifact))
+
     @contextmanager
     def load(self, folder: Path, *, threads: int = 1) -> Iterator[Session]:
         yield engine_session(folder / ENGINE) or OnnxSession(
@@ -157,6 +163,30 @@ class TensorRTTarget:
 
     def script(self) -> str:
         return to_onnx.SCRIPT
+
+
+def engine_problems(folder: Path, artifact: Artifact) -> tuple[str, ...]:
+    """What is wrong about the engine beside its graph; nothing where this machine cannot tell.
+
+    An engine does not say what its products are computed in, and is not loaded without a GPU. But TensorRT-RTX 1.7.1
+    builds the same bytes of the same graph (TensorRT does not: it times its kernels).
+    """
+    engine = folder / ENGINE
+    if ENGINE not in artifact.files:
+        return ()
+    if not engine.is_file():
+        return (f"{ENGINE} is not there",)
+    wrote = artifact.tools.get(RTX)
+    if wrote is None or not installed(RTX) or wrote != version(RTX):
+        return ()
+    with tempfile.TemporaryDirectory() as again:
+        try:
+            built_engine(RTX, folder / to_onnx.FILE, Path(again, ENGINE))
+        except ExportError as error:
+            return (f"{to_onnx.FILE} does not build: {error.message}",)
+        if Path(again, ENGINE).read_bytes() != engine.read_bytes():
+            return (f"{ENGINE} is not what {RTX} {wrote} builds from {to_onnx.FILE}",)
+    return ()
 
 
 def installed(module: str) -> bool:

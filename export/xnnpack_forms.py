@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from castling_deploy.export.binary16 import SMALLEST_NORMAL
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-SMALLEST_HALF = 2.0**-14  # the smallest normal float16
 
 
 def in_xnnpack_forms(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -54,7 +54,7 @@ def in_range(x: Tensor) -> tuple[Tensor, Tensor]:
     In float16 the square of 256 is infinite and that of 2**-13 is zero. Without this, LeViT-128S with random weights
     gives infinite logits for a photograph of four times the contrast.
     """
-    scale = weighted_sum(x.abs(), x.shape[-1] ** -0.5).clamp(min=SMALLEST_HALF)
+    scale = weighted_sum(x.abs(), x.shape[-1] ** -0.5).clamp(min=SMALLEST_NORMAL)
     return x / scale, scale
 
 

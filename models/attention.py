@@ -279,6 +279,7 @@ class FoldedAttention(nn.Module):
         super().__init__()
         factor = 1.0 if tokens is None else value_scale(tokens)
         self.heads = heads
+        self.value_factor = factor  # a fact about the weights, for whoever looks at their range
         self.query, self.key, self.value = query, key, scaled(value, factor)
         self.dconv = scaled(dconv, 1 / factor)
         self.output = output
@@ -291,7 +292,7 @@ class FoldedAttention(nn.Module):
 
     def after(self, affine: Affine) -> FoldedAttention:
         """The attention whose input was scaled and shifted per channel before (rule 7): q, k and v all take it."""
-        return FoldedAttention(
+        twin = FoldedAttention(
             affine_before(self.query, affine),
             affine_before(self.key, affine),
             affine_before(self.value, affine),
@@ -301,6 +302,8 @@ class FoldedAttention(nn.Module):
             tokens=None,
             asking=self.asking,
         )
+        twin.value_factor = self.value_factor
+        return twin
 
 
 class FoldedSoftmaxAttention(nn.Module):

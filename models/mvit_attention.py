@@ -146,7 +146,7 @@ class PoolingAttention(nn.Module):
         factor = pooled_value_scale(math.prod(self.place.keys), self.norm_v)
         keys = Pooled(key, widened(self.pool_k, heads), self.norm_k, heads, grid)
         values = Pooled(value, widened(self.pool_v, heads), norm_times(self.norm_v, factor), heads, grid)
-        return FoldedPoolingAttention(queries, keys, values, self.proj, scaled(self.dconv, 1 / factor))
+        return FoldedPoolingAttention(queries, keys, values, self.proj, scaled(self.dconv, 1 / factor), factor)
 
 
 def positional_logits(q: torch.Tensor, down: torch.Tensor, across: torch.Tensor) -> torch.Tensor:
@@ -211,9 +211,12 @@ class Pooled(nn.Module):
 class FoldedPoolingAttention(nn.Module):
     """PoolingAttention as it is exported, `dconv` and the values' norm scaled: (B, N, C_in) -> (B, N', C)."""
 
-    def __init__(self, query: Pooled, key: Pooled, value: Pooled, output: nn.Module, dconv: nn.Conv2d) -> None:
+    def __init__(
+        self, query: Pooled, key: Pooled, value: Pooled, output: nn.Module, dconv: nn.Conv2d, value_factor: float
+    ) -> None:
         super().__init__()
         self.query, self.key, self.value, self.output, self.dconv = query, key, value, output, dconv
+        self.value_factor = value_factor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q = self.query(x)
@@ -222,7 +225,7 @@ class FoldedPoolingAttention(nn.Module):
     def after(self, affine: Affine) -> FoldedPoolingAttention:
         """The attention whose input was scaled and shifted per channel before (rule 7)."""
         query, key, value = (part.after(affine) for part in (self.query, self.key, self.value))
-        return FoldedPoolingAttention(query, key, value, self.output, self.dconv)
+        return FoldedPoolingAttention(query, key, value, self.output, self.dconv, self.value_factor)
 
 
 class FoldedPoolingSoftmax(nn.Module):

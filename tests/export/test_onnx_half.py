@@ -13,7 +13,8 @@ from folded_networks import folded_network, images_for, logits_of
 from onnx.reference import ReferenceEvaluator
 
 from castling_deploy.export import onnx_half
-from castling_deploy.export.onnx_half import fits, half
+from castling_deploy.export.binary16 import fits
+from castling_deploy.export.onnx_half import half
 from castling_deploy.export.to_onnx import onnx_model
 from castling_deploy.target import Network, Precision
 

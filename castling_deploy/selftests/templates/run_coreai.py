@@ -21,7 +21,7 @@ def opened(model: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
     async def run(batch: np.ndarray) -> list[np.ndarray]:
         async with AIModelAsset.load(model).executable() as loaded:
             outputs = await loaded.load_function("main")({INPUT: NDArray(batch)})
-            return [np.array(outputs[name].numpy()) for name in OUTPUTS]
+            return [np.array(outputs[name].numpy()) for name in OUTPUTS]  # type: ignore[union-attr]  # no image is returned
 
     return lambda batch: asyncio.run(run(batch))
 

@@ -1,0 +1,57 @@
+"""When files are in the precision that is claimed for them: one rule for all formats."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from castling_deploy.target import Artifact, Attestation, Precision
+
+PRECISIONS = {"float32": Precision.FP32.value, "float16": Precision.FP16.value, "int8": Precision.INT8.value}
+
+
+def attestation(
+    artifact: Artifact,
+    precision: Precision,
+    products: Counter[str],
+    operations: Counter[str],
+    weight_bytes: Counter[str],
+    problems: Sequence[str] = (),
+) -> Attestation:
+    """What was counted, with what is wrong about it; `products` are by numpy's name of the dtype that they are in.
+
+    fp32 is fp32 throughout. In fp16 most products are: islands are allowed, an archipelago is another precision.
+    """
+    named = Counter({PRECISIONS.get(name, name): count for name, count in products.items()})
+    return Attestation(
+        precision,
+        dict(named),
+        dict(operations),
+        dict(weight_bytes),
+        (*problems, *_problems(precision, named, weight_bytes, artifact.details.get("products"))),
+    )
+
+
+def _problems(
+    precision: Precision, products: Counter[str], weight_bytes: Counter[str], manifest: Mapping[str, int] | None
+) -> list[str]:
+    found = []
+    total, built = products.total(), products[precision.value]
+    if not total:
+        return ["there is no convolution and no matrix product"]
+    if precision is Precision.FP32 and built < total:
+        others = {name: count for name, count in products.items() if name != precision}
+        found.append(f"fp32 is claimed, and of {total} products {_list(others)}")
+    elif not built:
+        found.append(f"{precision} is claimed, and of {total} products none is: {_list(products)}")
+    elif precision is Precision.FP16 and 2 * built < total:
+        found.append(f"fp16 is claimed, and most of {total} products are not: {_list(products)}")
+    if precision is Precision.FP32 and weight_bytes["float16"]:
+        found.append(f"fp32 is claimed, and {weight_bytes['float16']} bytes of the weights are float16")
+    if manifest is not None and dict(manifest) != dict(products):
+        found.append(f"the manifest counts other products ({_list(manifest)}) than the files hold ({_list(products)})")
+    return found
+
+
+def _list(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} in {name}" for name, count in sorted(counts.items()))

@@ -1,0 +1,54 @@
+"""The types that an ONNX file computes in and stores its weights in."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from castling_deploy.errors import ExportError
+from castling_deploy.export.attesting import attestation
+from castling_deploy.export.onnx_half import inferred
+from castling_deploy.target import Artifact, Attestation, Precision
+
+if TYPE_CHECKING:
+    import onnx
+
+PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+
+
+def attest(path: Path, artifact: Artifact, precision: Precision, problems: tuple[str, ...] = ()) -> Attestation:
+    """What `path` says: types follow from its initialisers, inputs and casts, not from what it declares about them.
+
+    Raises ExportError for a file that cannot be read or is not well typed.
+    """
+    import onnx
+
+    try:
+        model = onnx.load(path)
+    except Exception as error:  # FileNotFoundError, protobuf's DecodeError, ValidationError
+        raise ExportError(f"{path.name} cannot be read: {error}", hint="export the network again") from error
+    model.graph.ClearField("value_info")
+    types = dtypes(inferred(model))
+    operations = Counter(types[node.output[0]] for node in model.graph.node if node.output[0] in types)
+    quantised = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    products: Counter[str] = Counter()
+    for node in model.graph.node:
+        if node.op_type in PRODUCTS:
+            products["int8" if quantised.issuperset(node.input[:2]) else types[node.output[0]]] += 1
+    weights: Counter[str] = Counter()
+    for tensor in model.graph.initializer:
+        array = onnx.numpy_helper.to_array(tensor)
+        weights[array.dtype.name] += array.nbytes
+    return attestation(artifact, precision, products, operations, weights, problems)
+
+
+def dtypes(model: onnx.ModelProto) -> dict[str, str]:
+    """numpy's name for the dtype of every value of an inferred model."""
+    import onnx
+
+    graph = model.graph
+    return {
+        value.name: onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name
+        for value in (*graph.input, *graph.value_info, *graph.output)
+    }
