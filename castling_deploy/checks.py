@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from castling_deploy.claims import Claims
 from castling_deploy.errors import CastlingError, InconclusiveError, ParityError, TargetUnavailableError, UsageError
 from castling_deploy.fault import find_fault
 from castling_deploy.isolation import Limits
@@ -14,7 +15,7 @@ from castling_deploy.parity import TOLERANCES, ParityReport, Verdict, WitnessRep
 from castling_deploy.progress import Progress
 from castling_deploy.recheck import Recheck, verify
 from castling_deploy.saved import PARITY, read_parity
-from castling_deploy.target import WitnessKind
+from castling_deploy.target import Precision, WitnessKind
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def _checks(seen: Recheck) -> Iterator[Check]:
     """Without a new comparison with the checkpoint, what the export found counts beside the golden images."""
     limit = TOLERANCES[seen.folder.precision].limit
     yield Check("files", "as they were exported", Verdict.PASS)
+    yield from _built(seen.claims, seen.folder.precision)
     for report in seen.golden:
         yield from _outputs("golden images", report, limit)
     if seen.parity is not None:
@@ -112,6 +114,16 @@ def _checks(seen: Recheck) -> Iterator[Check]:
     yield Check("at its export", "verdict", seen.folder.verdict)
     saved = read_parity(seen.folder.path / PARITY)
     yield from _report("at its export", saved.report, limit)
+
+
+def _built(claims: Claims, precision: Precision) -> Iterator[Check]:
+    if claims.missing is not None:
+        said = f"not read back here: {claims.missing.reason}"
+        yield Check("built", "as the manifest claims", Verdict.INCONCLUSIVE, decisive=False, said=said)
+    elif not claims.contradictions:
+        yield Check("built", f"in {precision}, with the facts of the manifest", Verdict.PASS)
+    for said in claims.contradictions:
+        yield Check("built", "as the manifest claims", Verdict.FAIL, said=said)
 
 
 def _report(group: str, report: ParityReport, limit: float) -> Iterator[Check]:

@@ -29,6 +29,10 @@ def print_examined(seen: Examined, console: Console) -> None:
         return
     folder = seen.recheck.folder
     console.print(f"{folder.path}: {folder.target} {folder.precision}, as it was exported", soft_wrap=True)
+    for check in seen.checks:
+        if check.group == "built":
+            said = "" if check.said is None else f": {check.said}"
+            console.print(Text.assemble(f"built {check.name}: ", marked(check.verdict), said), soft_wrap=True)
     _print_ladder(seen, console)
     table = Table(title="who ran it", title_justify="left", show_edge=False, pad_edge=False)
     for column in ("witness", "its word", "images", "output", "error / spread", "limit", "verdict"):

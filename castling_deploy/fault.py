@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,55 +25,37 @@ def find_fault(path: Path, checkpoint: Path | None, progress: Progress, limits: 
     seen = rebuilt(folder, checkpoint or checkpoint_of(folder), progress)
     options = {name: value for name, value in folder.manifest["options"].items() if value is not None}
     network = network_for(seen.card, seen.ladder.folded, max(1, folder.artifact.inputs[0].shape[0]))
-    return isolated_fault(
-        target,
-        network,
-        folder.precision,
-        options_for(target, options),
-        seen.ladder.probes,
-        (folder.artifact, path),
-        progress,
-        limits,
+    suspect = Suspect(target, network, folder.precision, options_for(target, options), folder.artifact, path)
+    return isolated_fault(suspect, seen.ladder.probes, progress, limits)
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """An artefact in the folder `path`, and what it was exported from."""
+
+    target: Target
+    network: Network
+    precision: Precision
+    options: Any
+    artifact: Artifact
+    path: Path
+
+
+def isolated_fault(suspect: Suspect, probes: Probes, progress: Progress, limits: Limits) -> Localisation:
+    """`localise` in a process of its own."""
+    name = suspect.target.name
+    with progress.stage(f"{name}: export ever shorter prefixes, to find what goes wrong") as advance:
+        return isolated(f"{name}: localise", _localise, suspect, probes, advance=advance, limits=limits)
+
+
+def _localise(suspect: Suspect, probes: Probes, advance: Advance) -> Localisation:
+    path = suspect.path
+    return localise(
+        suspect.target,
+        suspect.network,
+        suspect.precision,
+        suspect.options,
+        probes,
+        folder=path.with_name(f"{path.name}-localised"),
+        suspect=(suspect.artifact, path),
     )
-
-
-def isolated_fault(
-    target: Target,
-    network: Network,
-    precision: Precision,
-    options: Any,
-    probes: Probes,
-    suspect: tuple[Artifact, Path],
-    progress: Progress,
-    limits: Limits,
-) -> Localisation:
-    """`localise` in a process of its own; `suspect` is an artefact and its folder."""
-    _, path = suspect
-    into = path.with_name(f"{path.name}-localised")
-    with progress.stage(f"{target.name}: export ever shorter prefixes, to find what goes wrong") as advance:
-        return isolated(
-            f"{target.name}: localise",
-            _localise,
-            target,
-            network,
-            precision,
-            options,
-            probes,
-            suspect,
-            into,
-            advance=advance,
-            limits=limits,
-        )
-
-
-def _localise(
-    target: Target,
-    network: Network,
-    precision: Precision,
-    options: Any,
-    probes: Probes,
-    suspect: tuple[Artifact, Path],
-    into: Path,
-    advance: Advance,
-) -> Localisation:
-    return localise(target, network, precision, options, probes, folder=into, suspect=suspect)

@@ -5,7 +5,7 @@ Each step is a pure function of its own module; each target is one file in `expo
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torch import nn
 from castling_deploy import artifact as written
 from castling_deploy import bundled, checkpoint
 from castling_deploy.errors import CastlingError, UsageError
-from castling_deploy.fault import isolated_fault
+from castling_deploy.fault import Suspect, isolated_fault
 from castling_deploy.folder import artifact_folder, refuse_if_taken
 from castling_deploy.identify import ModelCard, identify
 from castling_deploy.isolation import Worker
@@ -104,7 +104,7 @@ def produce(request: Request, step: Step, card: ModelCard, ladder: Ladder, progr
             witness = stack.enter_context(Worker(request.limits))
             folder = stack.enter_context(artifact_folder(path, overwrite=request.overwrite))
             with progress.stage(f"{name}: export {step.precision}"):
-                audit = ladder.range_audit if step.precision is Precision.FP16 else None
+                audit = ladder.range_audit if request.islands and step.precision is Precision.FP16 else None
                 network = written.network_for(card, ladder.folded, request.batch_size, audit)
                 artifact = maker.call(f"{name}: export", exported, step, network, folder)
                 lowered = lowered_rung(step.target, network, step.options, ladder, maker.call)
@@ -118,21 +118,14 @@ def produce(request: Request, step: Step, card: ModelCard, ladder: Ladder, progr
                     latency = measure(step.target, artifact, folder, ladder, call=witness.call)
             written.describe(folder, card, ladder, step.target, step.precision, step.options, artifact, parity, latency)
         made = Result(step, path, artifact, parity, latency, artifact.unfinished)
-        if not request.localise or parity.verdict is not Verdict.FAIL:
-            return made
-        fault = isolated_fault(
-            step.target,
-            network,
-            step.precision,
-            step.options,
-            ladder.probes,
-            (artifact, path),
-            progress,
-            request.limits,
-        )
-        return replace(made, localisation=fault)
     except CastlingError as error:
         return Result(step, error=error)
+    if not request.localise or parity.verdict is not Verdict.FAIL:
+        return made
+    with suppress(CastlingError):  # that the artefact is wrong is known already, and is what has to be told
+        suspect = Suspect(step.target, network, step.precision, step.options, artifact, path)
+        return replace(made, localisation=isolated_fault(suspect, ladder.probes, progress, request.limits))
+    return made
 
 
 def exported(step: Step, network: Network, folder: Path) -> Artifact:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from castling_deploy.artifact import Folder, read_folder
+from castling_deploy.claims import Claims, examined
 from castling_deploy.errors import CrashError, ExportError, ParityError, TargetUnavailableError, UsageError
 from castling_deploy.execution import inputs_for, repeated
 from castling_deploy.isolation import Call, Limits, Worker
@@ -41,6 +42,7 @@ class Recheck:
     """
 
     folder: Folder
+    claims: Claims
     golden: tuple[WitnessReport, ...]
     absent: tuple[Absent, ...] = ()
     ladder: Ladder | None = None
@@ -50,7 +52,8 @@ class Recheck:
     def verdict(self) -> Verdict:
         """The golden images are few: without a new comparison, the verdict of the export counts beside theirs."""
         again = self.parity.verdict if self.parity else self.folder.verdict
-        return Verdict.worst([*(report.verdict for report in self.golden), again])
+        built = Verdict.FAIL if self.claims.contradictions else Verdict.PASS
+        return Verdict.worst([built, *(report.verdict for report in self.golden), again])
 
 
 def verify(
@@ -80,6 +83,8 @@ def verify(
             )
     target = target_named(folder.target)
     able, absent = _able(target, folder, on)
+    with progress.stage(f"{target.name}: read back what was built"):
+        claims = examined(target, folder, limits)
     images, golden_outputs = _golden(folder)
     inputs = inputs_for(folder.artifact.inputs[0], Probes.of(images, folder.preprocessing))
     references = {
@@ -93,14 +98,14 @@ def verify(
 
     golden = _heard(able, look, f"run {len(images)} golden images", progress, limits)
     if checkpoint is None:
-        return Recheck(folder, golden, absent)
+        return Recheck(folder, claims, golden, absent)
     ladder = rebuilt(folder, Path(checkpoint), progress).ladder
 
     def compare(runner: Runner, call: Call, advance: Advance) -> WitnessReport:
         return witnessed(runner, folder.artifact, folder.path, ladder, folder.precision, advance, call)
 
     reports = _heard(able, compare, "verify against the checkpoint", progress, limits)
-    return Recheck(folder, golden, absent, ladder, parity_report(ladder, folder.precision, reports))
+    return Recheck(folder, claims, golden, absent, ladder, parity_report(ladder, folder.precision, reports))
 
 
 def _able(target: Target, folder: Folder, on: Sequence[str]) -> tuple[tuple[Runner, ...], tuple[Absent, ...]]:

@@ -125,6 +125,7 @@ def _examined_document(seen: Examined) -> dict[str, Any]:
     return {
         "path": seen.path,
         "verdict": seen.verdict,
+        "attestation": None if recheck is None else plain(recheck.claims.attestation),
         "exported": None if recheck is None else recheck.folder.verdict,
         "golden": None if recheck is None else documents.witness_document(recheck.golden[0]),
         "witnesses": [] if recheck is None else [documents.witness_document(report) for report in recheck.golden],

@@ -28,6 +28,7 @@ class Request:
     benchmark: bool = True
     overwrite: bool = False
     seed: int = 0
+    islands: bool = True  # modules in float32 that float16 cannot hold
     localise: bool = True  # where an artefact fails
     limits: Limits = field(default_factory=Limits)  # of every process that runs a toolchain or an artefact
 

@@ -127,6 +127,7 @@ class Attestation:
     `products` are convolutions and matrix products by precision ("fp32", "fp16", "int8"), which is what a precision
     is asked for; `operations` all operations, `weight_bytes` all constants, both by numpy's name of the dtype.
     `problems` is empty where the files are in the precision that is claimed: float32 islands are counted, not blamed.
+    `facts` are those of `Network.metadata`, as they stand in the files.
     """
 
     precision: Precision
@@ -134,6 +135,7 @@ class Attestation:
     operations: Mapping[str, int]
     weight_bytes: Mapping[str, int]
     problems: tuple[str, ...] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

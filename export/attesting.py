@@ -17,6 +17,7 @@ def attestation(
     operations: Counter[str],
     weight_bytes: Counter[str],
     problems: Sequence[str] = (),
+    facts: Mapping[str, str] | None = None,
 ) -> Attestation:
     """What was counted, with what is wrong about it; `products` are by numpy's name of the dtype that they are in.
 
@@ -29,6 +30,7 @@ def attestation(
         dict(operations),
         dict(weight_bytes),
         (*problems, *_problems(precision, named, weight_bytes, artifact.details.get("products"))),
+        dict(facts or {}),
     )
 
 

@@ -40,7 +40,8 @@ def attest(path: Path, artifact: Artifact, precision: Precision, problems: tuple
     for tensor in model.graph.initializer:
         array = onnx.numpy_helper.to_array(tensor)
         weights[array.dtype.name] += array.nbytes
-    return attestation(artifact, precision, products, operations, weights, problems)
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    return attestation(artifact, precision, products, operations, weights, problems, facts)
 
 
 def dtypes(model: onnx.ModelProto) -> dict[str, str]:

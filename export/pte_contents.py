@@ -16,6 +16,7 @@ class PteContents:
 
     `constants` are the bytes of the constant tensors: the delegates' weights, and the program's own. `payloads` are
     what the delegates are handed, by the delegates' name; `outside_dtypes` counts what the operations outside make.
+    `texts` are what the methods that return a text return.
     """
 
     delegates: int
@@ -23,12 +24,13 @@ class PteContents:
     constants: frozenset[bytes]
     payloads: tuple[tuple[str, bytes], ...]
     outside_dtypes: Mapping[str, int]
+    texts: Mapping[str, str]
 
 
 def pte_contents(data: bytes) -> PteContents:
     """The contents of the .pte file `data`."""
     from executorch.exir._serialize._program import deserialize_pte_binary
-    from executorch.exir.schema import DelegateCall, KernelCall, Tensor
+    from executorch.exir.schema import DelegateCall, KernelCall, String, Tensor
 
     file = deserialize_pte_binary(data)
     (plan,) = (plan for plan in file.program.execution_plan if plan.name == METHOD)
@@ -46,4 +48,10 @@ def pte_contents(data: bytes) -> PteContents:
             for delegate in plan.delegates
         ),
         names,
+        {
+            plan.name: value.val.string_val
+            for plan in file.program.execution_plan
+            for value in (plan.values[index] for index in plan.outputs)
+            if isinstance(value.val, String)
+        },
     )

@@ -197,6 +197,7 @@ class CoreMLTarget:
             Counter(operation.outputs[0].dtype.lower() for operation in products),
             Counter(operation.outputs[0].dtype.lower() for operation in package.operations),
             weights,
+            facts=package.metadata,
         )
 
     @contextmanager

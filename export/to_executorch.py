@@ -167,6 +167,11 @@ class ExecuTorchTarget:
             sum((payload.operations for payload in payloads), Counter(contents.outside_dtypes)),
             sum((payload.constant_bytes for payload in payloads), Counter()),
             [f"a delegate for {name} is in the file, which is not read here" for name in others],
+            {
+                key: value
+                for key, value in json.loads(contents.texts.get(METADATA, "{}")).items()
+                if isinstance(value, str)
+            },
         )
 
     @contextmanager

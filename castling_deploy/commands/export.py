@@ -52,6 +52,9 @@ ALL = "all"
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the noise among the compared inputs."
 )
 @click.option(
+    "--islands/--no-islands", default=True, show_default=True, help="In fp16: keep what it cannot hold in float32."
+)
+@click.option(
     "--localise/--no-localise", default=True, show_default=True, help="Where parity fails, name the first wrong module."
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
@@ -75,6 +78,7 @@ def export(
     overwrite: bool,
     benchmark: bool,
     seed: int,
+    islands: bool,
     localise: bool,
     dry_run: bool,
     timeout: float | None,
@@ -105,6 +109,7 @@ def export(
         benchmark=benchmark,
         overwrite=overwrite,
         seed=seed,
+        islands=islands,
         localise=localise,
         limits=limits_of(timeout, memory),
     )
