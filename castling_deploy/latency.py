@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from castling_deploy.target import WitnessKind
+from castling_deploy.target import Witness, WitnessKind
 
 WARMUP_S = 0.2  # per subject, and at least WARMUP_RUNS
 WARMUP_RUNS = 5
@@ -19,8 +19,9 @@ MIN_ROUNDS = 10
 MAX_ROUNDS = 500
 
 
-# Whose time says something of the device: an emulator's and an evaluator's do not.
-TIMED = (WitnessKind.DEVICE, WitnessKind.RUNTIME)
+def timed(witness: Witness) -> bool:
+    """Whether its time says something of the device: an emulator's, an evaluator's and an interpreter's do not."""
+    return witness.kind in (WitnessKind.DEVICE, WitnessKind.RUNTIME) and not witness.interpreted
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from castling_deploy.folder import artifact_folder, refuse_if_taken
 from castling_deploy.identify import ModelCard, identify
 from castling_deploy.isolation import Worker
 from castling_deploy.ladder import Ladder, climb
-from castling_deploy.latency import TIMED, LatencyReport
+from castling_deploy.latency import LatencyReport, timed
 from castling_deploy.localise import Localisation
 from castling_deploy.parity import ParityReport, Verdict
 from castling_deploy.probes import probes_for
@@ -113,7 +113,7 @@ def produce(request: Request, step: Step, card: ModelCard, ladder: Ladder, progr
                     step.target, artifact, folder, ladder, step.precision, advance, witness.call, lowered
                 )
             latency = None
-            if request.benchmark and step.target.witness().kind in TIMED:
+            if request.benchmark and timed(step.target.witness()):
                 with progress.stage(f"{name}: measure latency"):
                     latency = measure(step.target, artifact, folder, ladder, call=witness.call)
             written.describe(folder, card, ladder, step.target, step.precision, step.options, artifact, parity, latency)

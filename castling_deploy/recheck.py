@@ -15,7 +15,7 @@ from castling_deploy.errors import CrashError, ExportError, ParityError, TargetU
 from castling_deploy.execution import inputs_for, repeated
 from castling_deploy.isolation import Call, Limits, Worker
 from castling_deploy.ladder import Ladder
-from castling_deploy.latency import TIMED, Timing, interleaved
+from castling_deploy.latency import Timing, interleaved, timed
 from castling_deploy.parity import Array, Failure, ParityReport, Reference, Verdict, WitnessReport
 from castling_deploy.probes import Probes
 from castling_deploy.progress import Advance, Progress, Silent
@@ -151,7 +151,7 @@ def benchmark(path: str | Path, *, threads: int = 1) -> Timing:
     """Latency of an artefact folder on its first golden images. Raises TargetUnavailableError where it cannot run."""
     folder = read_folder(Path(path))
     target = _target_of(folder)
-    if target.witness().kind not in TIMED:
+    if not timed(target.witness()):
         raise TargetUnavailableError(
             f"{target.witness().name} runs '{path}' here, and its time says nothing of the device",
             hint="run castling bench where the target's own runtime is",

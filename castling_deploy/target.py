@@ -140,10 +140,14 @@ class Attestation:
 
 @dataclass(frozen=True)
 class Witness:
-    """Who executed an artefact: its name with the version, and how much its word is worth."""
+    """Who executed an artefact: its name with the version, and how much its word is worth.
+
+    One that is `interpreted` computes what the device does, step by step: its time says nothing of the device.
+    """
 
     name: str
     kind: WitnessKind
+    interpreted: bool = False
 
 
 class Session(Protocol):

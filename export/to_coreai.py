@@ -103,7 +103,8 @@ class CoreAITarget:
         place = (
             f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else f"CPU interpreter, {platform.system()}"
         )
-        return Witness(f"coreai-core {core} ({place})", WitnessKind.RUNTIME)
+        interpreted = sys.platform != "darwin"
+        return Witness(f"coreai-core {core} ({place})", WitnessKind.RUNTIME, interpreted)
 
     def refuse(self, options: CoreAIOptions, batch_size: int) -> None:
         pass  # every batch can be fixed

@@ -159,6 +159,7 @@ class ExecuTorchTarget:
         except Exception as error:  # OSError, and what ExecuTorch's reader says of a damaged file: ValueError, struct's
             raise ExportError(f"{FILE} cannot be read: {error}", hint="export the network again") from error
         payloads = [read_payload(data) for name, data in contents.payloads if name == BACKEND]
+        told = json.loads(contents.texts.get(METADATA, "{}"))
         others = sorted({name for name, _ in contents.payloads} - {BACKEND})
         return attestation(
             artifact,
@@ -167,11 +168,7 @@ class ExecuTorchTarget:
             sum((payload.operations for payload in payloads), Counter(contents.outside_dtypes)),
             sum((payload.constant_bytes for payload in payloads), Counter()),
             [f"a delegate for {name} is in the file, which is not read here" for name in others],
-            {
-                key: value
-                for key, value in json.loads(contents.texts.get(METADATA, "{}")).items()
-                if isinstance(value, str)
-            },
+            {key: value for key, value in told.items() if isinstance(value, str)},
         )
 
     @contextmanager
