@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from castling_deploy.artifact import network_for
 from castling_deploy.errors import CastlingError
 from castling_deploy.identify import ModelCard
 from castling_deploy.ladder import Ladder
+from castling_deploy.parity import worst
+from castling_deploy.recheck import verify
 from castling_deploy.target import Precision, target_named
 from castling_deploy.verification import verify_artifact
 
@@ -51,6 +54,24 @@ def tried(
         except CastlingError as error:
             print(f"  {subject}, {network}, {target}: {error.message[:200]}")
     return Trial(subject, network, target, precision, verdict, rel, limit, round(time.perf_counter() - started, 2))
+
+
+def edited(edit: Callable[[Path], None], exported: Path, network: str, target: str, precision: Precision) -> Trial:
+    """A copy of the artefact folder `exported`, changed by `edit`, verified as a user would: without a checkpoint."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(shutil.copytree(exported, Path(scratch) / exported.name))
+        edit(copy)
+        try:
+            seen = verify(copy)
+            verdict, rel = str(seen.verdict), worst(output.rel for output in seen.golden[0].outputs)
+            limit = seen.golden[0].limit
+        except CastlingError as error:
+            verdict, rel, limit = "refused", None, None
+            print(f"  {edit.__name__}, {target}: {error.message[:200]}")
+    return Trial(
+        edit.__name__, network, target, precision, verdict, rel, limit, round(time.perf_counter() - started, 2)
+    )
 
 
 def written(trials: Iterable[Trial], path: Path) -> None:

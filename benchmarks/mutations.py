@@ -1,4 +1,5 @@
-"""The gate's kill rate: every defect of `defects.py`, in every bundled network, exported to every target.
+"""The gate's kill rate: every defect of `defects.py`, in every bundled network, exported to every target; and every
+edit of `edits.py`, of an artefact of every target.
 
     python benchmarks/mutations.py [--targets onnx,coreml] [--networks castling-levit-digits]
 
@@ -8,13 +9,16 @@ Writes results/mutations.csv and leaves with 1 where a defect survived. A quarte
 from __future__ import annotations
 
 import sys
+import tempfile
 from argparse import ArgumentParser
 from collections.abc import Iterator
 
 from defects import DEIT, GROSS, LEVIT, ON_FOLDED, ON_LEVIT, Defect, deep, tanh_gelu
-from gate import PROBES, RESULTS, Trial, told, tried, written
+from edits import EDITS
+from gate import PROBES, RESULTS, Trial, edited, told, tried, written
 from torch import nn
 
+import castling_deploy
 from castling_deploy import bundled
 from castling_deploy.checkpoint import read
 from castling_deploy.identify import ModelCard, identify
@@ -44,6 +48,18 @@ def cases(name: str, targets: list[str]) -> Iterator[tuple[Defect, bool, str, Pr
                 yield defect, False, target, Precision.FP16
 
 
+def edits(targets: list[str]) -> Iterator[Trial]:
+    """Every edit of a folder by hand, of the default network's artefact in the target's default precision."""
+    with tempfile.TemporaryDirectory() as output:
+        for target in targets:
+            result = castling_deploy.export(castling_deploy.load(), target=target, output=output)
+            assert result.path is not None
+            for edit in EDITS.values():
+                trial = edited(edit, result.path, bundled.DEFAULT, target, result.step.precision)
+                print(f"{edit.__name__}, {target}: {trial.verdict}", flush=True)
+                yield trial
+
+
 def main() -> int:
     parser = ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--targets", default=",".join(name for name in TARGETS if target_named(name).missing() is None))
@@ -57,6 +73,7 @@ def main() -> int:
             mutant = defect(network) if on_trained else defect(deep(ladder.folded))
             trials.append(tried(defect.__name__, name, mutant, card, ladder, target, precision))
             told(trials, number, len(planned))
+    trials += edits(asked.targets.split(","))
     written(trials, RESULTS / "mutations.csv")
     survived = [trial for trial in trials if trial.verdict not in ("fail", "refused")]
     defects = len({trial.subject for trial in trials})
