@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import warnings
 from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Iterator
@@ -50,6 +51,7 @@ def subjects() -> Iterator[tuple[str, nn.Module, str | None, tuple[int, int]]]:
 
 
 def main() -> int:
+    warnings.simplefilter("ignore")  # of torch.export, one for every network
     parser = ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--count", type=int, default=200)
     asked = parser.parse_args()

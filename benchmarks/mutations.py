@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import warnings
 from argparse import ArgumentParser
 from collections.abc import Iterator
 
@@ -61,6 +62,7 @@ def edits(targets: list[str]) -> Iterator[Trial]:
 
 
 def main() -> int:
+    warnings.simplefilter("ignore")  # of torch.export, one for every network
     parser = ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--targets", default=",".join(name for name in TARGETS if target_named(name).missing() is None))
     parser.add_argument("--networks", default=",".join(bundled.CHECKPOINTS))

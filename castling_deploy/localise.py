@@ -277,7 +277,7 @@ class _Search:
 
     def _nothing(self, said: Mapping[str, OutputParity]) -> Localisation:
         """Nothing is wrong by this witness; where float16 does not reach as far as the network's numbers, that is said:
-        a runtime that keeps them in float32 between operators, as ONNX Runtime does on x86, sees no overflow."""
+        a runtime that keeps them in float32 between operators, as some do on x86, sees no overflow."""
         ended = self._ended(Finding.NOTHING, said)
         if self.precision is not Precision.FP16:
             return ended

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from castling_deploy.models.family import FAMILIES, family_named
+from castling_deploy.runner import RUNNERS
 from castling_deploy.target import TARGETS, target_named
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +32,7 @@ HEAVY = (
     "rich",
 )
 MODELS_MAY = {"errors", "suggest", "castle", "fold", "rewrite", "models", "verbs"}
+WITNESSES_MAY = {"errors", "target", "runner", "execution", "cache", "folder", "quiet", "export", "witnesses"}
 EXPORT_MAY = {"errors", "suggest", "target", "preprocessing", "detection", "export", "verbs"}
 
 
@@ -52,6 +54,11 @@ def test_models_and_exporters_know_only_what_they_need(folder: str, allowed: set
         assert imports_of(path) <= allowed, f"{path.name} imports {sorted(imports_of(path) - allowed)}"
 
 
+def test_witnesses_know_only_what_they_need() -> None:
+    for path in (ROOT / "castling_deploy" / "witnesses").glob("*.py"):
+        assert imports_of(path) <= WITNESSES_MAY, f"{path.name} imports {sorted(imports_of(path) - WITNESSES_MAY)}"
+
+
 def test_the_pipeline_knows_no_format_and_no_family() -> None:
     names = [*TARGETS, *FAMILIES, "mlpackage", "pte", "engine"]
     for file in (
@@ -64,6 +71,12 @@ def test_the_pipeline_knows_no_format_and_no_family() -> None:
         "console.py",
         "report.py",
         "recheck.py",
+        "claims.py",
+        "rebuilt.py",
+        "fault.py",
+        "localise.py",
+        "isolation.py",
+        "console_checks.py",
         "saved.py",
         "comparison.py",
         "rejudge.py",
@@ -87,7 +100,7 @@ def run_python(code: str) -> str:
         "castling_deploy.cli",
         "castling_deploy.models",
         "castling_deploy.target",
-        *(entry.partition(":")[0] for entry in TARGETS.values()),
+        *(entry.partition(":")[0] for entry in (*TARGETS.values(), *RUNNERS)),
     ],
 )
 def test_importing_loads_no_toolchain(module: str) -> None:
