@@ -93,7 +93,7 @@ def describe(
     documents.write(folder / "parity.json", documents.parity_document(parity, ladder))
     if latency is not None:
         documents.write(folder / "latency.json", documents.latency_document(latency))
-    (folder / "README.md").write_text(_readme(card, ladder, target, precision, artifact, parity), encoding="utf-8")
+    (folder / "README.md").write_text(_readme(card, target, precision, artifact, parity), encoding="utf-8")
     documents.write(
         folder / MANIFEST,
         sealed(
@@ -145,16 +145,12 @@ def _write_golden(folder: Path, card: ModelCard, ladder: Ladder, precision: Prec
     return tuple(judged)
 
 
-def _readme(
-    card: ModelCard, ladder: Ladder, target: Target, precision: Precision, artifact: Artifact, parity: ParityReport
-) -> str:
+def _readme(card: ModelCard, target: Target, precision: Precision, artifact: Artifact, parity: ParityReport) -> str:
     steps = contract.steps(card.preprocessing, artifact.inputs[0])
     mark = "" if parity.verdict is Verdict.PASS else f"\n> **Parity: {parity.verdict}.** Do not ship this artefact.\n"
     notes = [f"- {note}" for note in (*card.warnings, *artifact.details.get("notes", ()))]
-    if precision is Precision.FP16 and ladder.range_audit.islands:
-        notes.append(
-            f"- in float32: {', '.join(ladder.range_audit.module_paths())} (why: `range_audit` in parity.json)"
-        )
+    if artifact.details.get("islands"):
+        notes.append(f"- in float32: {', '.join(artifact.details['islands'])} (why: `range_audit` in parity.json)")
     lines = [
         f"# {card.name} for {target.name}, {precision}",
         mark,

@@ -110,6 +110,9 @@ def _print_notes(result: Result, console: Console) -> None:
         console.print(f"  not available here: {result.missing.reason}", style="yellow", soft_wrap=True)
         console.print(f"  to mend it: {result.missing.fix}", soft_wrap=True)
     if result.artifact is not None:
+        islands = result.artifact.details.get("islands")
+        if islands:
+            console.print(f"  in float32: {', '.join(islands)} (why: range_audit in parity.json)", soft_wrap=True)
         for note in result.artifact.details.get("notes", ()):
             console.print(f"  note: {note}", soft_wrap=True)
     if result.latency is not None:

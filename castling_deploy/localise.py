@@ -24,12 +24,13 @@ from torch import fx, nn
 from castling_deploy import repro
 from castling_deploy.diagnosis import LARGEST_HALF, SQUARES, Cause, Statistics, absent, batches, likely, watch
 from castling_deploy.errors import CastlingError
-from castling_deploy.execution import inputs_for, run_artifact
+from castling_deploy.execution import inputs_for
 from castling_deploy.parity import TOLERANCES, Array, OutputParity, Reference, Verdict, compare
 from castling_deploy.prefix import VALUE, Place, Traced, operator, wide
 from castling_deploy.probes import Probes
 from castling_deploy.progress import Advance, Progress, Silent
 from castling_deploy.quiet import toolchain
+from castling_deploy.runner import exacting
 from castling_deploy.target import Artifact, Network, Precision, Readable, Target
 
 REAL, WORST, STRUCTURED = 8, 4, 3  # probes that every prefix runs on
@@ -357,8 +358,12 @@ class _Search:
     def _run(self, artifact: Artifact, folder: Path, rows: npt.NDArray[np.int64] | None = None) -> dict[str, Array]:
         inputs = inputs_for(artifact.inputs[0], self.probes)
         chosen = inputs if rows is None else inputs[rows]
-        with toolchain(f"{self.target.name}: the artefact does not run"), self.target.load(folder) as session:
-            return run_artifact(session, artifact, chosen)
+        with toolchain(f"{self.target.name}: the artefact does not run"):
+            return self._ran_by(artifact, folder, chosen)
+
+    def _ran_by(self, artifact: Artifact, folder: Path, inputs: npt.NDArray[np.generic]) -> dict[str, Array]:
+        ran = exacting(self.target, self.precision).run(folder, artifact, inputs, lambda share: None)
+        return {name: np.asarray(values) for name, values in ran.items()}
 
     # the bisection
 
@@ -568,8 +573,8 @@ class _Search:
             folder = self.scratch / f"alone-{index}"
             try:
                 artifact = self._export(part, plain_options(self.options, interface=True), folder)
-                with toolchain(self.target.name), self.target.load(folder) as session:
-                    outputs = run_artifact(session, artifact, given)[VALUE]
+                with toolchain(self.target.name):
+                    outputs = self._ran_by(artifact, folder, given)[VALUE]
             except CastlingError:
                 continue
             spread = Reference(expected, len(expected), noise=0.0).spread or 1.0

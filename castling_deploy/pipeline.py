@@ -131,4 +131,5 @@ def produce(request: Request, step: Step, card: ModelCard, ladder: Ladder, progr
 def exported(step: Step, network: Network, folder: Path) -> Artifact:
     """The toolchain's part, which writes into `folder`. Raises ExportError."""
     with toolchain(step.target.name):
-        return step.target.export(network, step.precision, step.options, folder)
+        artifact = step.target.export(network, step.precision, step.options, folder)
+    return replace(artifact, details={**artifact.details, "islands": network.islands})

@@ -66,7 +66,14 @@ class OwnArithmetic(Protocol):
         """The precision it computes in, for an artefact of `precision`: it sets the limit of the comparison."""
 
 
+class Required(Protocol):
+    """A runner without which nothing is verified in some precisions: its target's own witness sees too little there."""
+
+    required: tuple[Precision, ...]
+
+
 RUNNERS: tuple[str, ...] = (
+    "castling_deploy.witnesses.ort_half:OrtHalf",
     "castling_deploy.witnesses.openvino:OpenVINO",
     "castling_deploy.witnesses.ort_arm64:OrtArm64",
     "castling_deploy.witnesses.ort_web:OrtWeb",
@@ -121,14 +128,25 @@ def runners_of(target: Target, precision: Precision | None = None) -> Mapping[st
     return {runner.name: runner for runner in (own, *others)}
 
 
+def required_for(target: Target, precision: Precision) -> tuple[Runner, ...]:
+    """Whoever has to run every artefact of this target and precision, the target's own witness first."""
+    own, *others = runners_of(target, precision).values()
+    return own, *(runner for runner in others if precision in getattr(runner, "required", ()))
+
+
+def exacting(target: Target, precision: Precision) -> Runner:
+    """Whoever sees most of an artefact of this target and precision."""
+    return required_for(target, precision)[-1]
+
+
 def chosen(target: Target, precision: Precision, names: Sequence[str]) -> tuple[Runner, ...]:
-    """The runners of this target that were asked for: its own where none was, every one for `all`.
+    """The runners of this target that were asked for: those required where none was, every one for `all`.
 
     A name that other targets know is passed over. Raises UsageError with a suggestion for one that nobody knows.
     """
     found = runners_of(target, precision)
     if not names:
-        return (next(iter(found.values())),)
+        return required_for(target, precision)
     known = [ALL, *(one for entry in TARGETS for one in runners_of(target_named(entry)))]
     for name in names:
         if name not in known:

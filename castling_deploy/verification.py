@@ -30,13 +30,14 @@ from castling_deploy.parity import (
     Reference,
     Rung,
     Tolerance,
+    Verdict,
     WitnessReport,
     compare,
     worst,
 )
 from castling_deploy.progress import Advance
 from castling_deploy.quiet import toolchain
-from castling_deploy.runner import OwnWitness, Runner, arithmetic_of
+from castling_deploy.runner import Runner, arithmetic_of, required_for
 from castling_deploy.target import Artifact, Network, Precision, Session, Target, TensorSpec, Witness, WitnessKind
 from castling_deploy.task import Derived, Outputs, Task
 
@@ -58,18 +59,24 @@ def verify_artifact(
     call: Call = here,
     lowered: Rung | None = None,
 ) -> ParityReport:
-    """Its own witness runs the artefact on all probes, and every output is compared; every rung of the ladder."""
-    report = witnessed(OwnWitness(target, precision), artifact, folder, ladder, precision, advance, call)
-    return parity_report(ladder, precision, (report,), lowered)
+    """Its own witness, and who else is required, run the artefact on all probes, and every output is compared."""
+    reports = tuple(
+        witnessed(runner, artifact, folder, ladder, precision, advance, call)
+        for runner in required_for(target, precision)
+    )
+    return parity_report(ladder, precision, reports, lowered)
 
 
 def parity_report(
     ladder: Ladder, precision: Precision, witnesses: tuple[WitnessReport, ...], lowered: Rung | None = None
 ) -> ParityReport:
-    """Every rung of the ladder; on the last stands the first of the witnesses."""
-    first = witnesses[0]
-    rel = worst(output.rel for output in first.outputs)
-    exported = Rung(EXPORTED, rel, TOLERANCES[precision].limit, first.verdict)
+    """Every rung of the ladder; on the last stands the gravest of the witnesses that computed in this precision."""
+    first, limit = witnesses[0], TOLERANCES[precision].limit
+    same = [seen for seen in witnesses if seen.limit in (None, limit)]
+    outputs = [output for seen in same for output in seen.outputs]
+    comparable = all(output.max_abs is not None for output in outputs)  # no NaN, and the right shape
+    rel = worst(output.rel for output in outputs) if comparable else None
+    exported = Rung(EXPORTED, rel, limit, Verdict.worst([seen.verdict for seen in same]))
     rungs = [ladder.cast_rung, ladder.fold_rung, *([] if lowered is None else [lowered]), exported]
     return ParityReport(precision, first.images or 0, tuple(rungs), witnesses)
 

@@ -69,9 +69,23 @@ auto outputs = session.Run(Ort::RunOptions{{}}, inputNames, &image, 1, outputNam
 
 SCRIPT = f"""\
 def run(folder, inputs):
+    import onnx
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(folder / "{FILE}", providers=["CPUExecutionProvider"])
+    # on x86, ONNX Runtime drops float16 between two operators, unless an Identity keeps it there
+    model = onnx.load(folder / "{FILE}")
+    typed = onnx.shape_inference.infer_shapes(model).graph
+    half = onnx.TensorProto.FLOAT16
+    halves = {{v.name for v in (*typed.value_info, *typed.output) if v.type.tensor_type.elem_type == half}}
+    for node in list(model.graph.node):
+        for index, name in enumerate(node.output):
+            if name in halves:
+                node.output[index] = name + "/computed"
+                model.graph.node.append(onnx.helper.make_node("Identity", [name + "/computed"], [name]))
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    del model.graph.value_info[:]
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, inputs)))
 

@@ -1,0 +1,75 @@
+"""An ONNX graph that keeps its float16: nothing that runs it can drop the rounding between two operators.
+
+ONNX Runtime 1.32 has no float16 kernels on x86. It computes an operator in float32, and where the next one does so too
+it drops the two casts between them, whatever the optimisation level: a value of 120000 passes there, and is infinite on
+a GPU and on Arm. Behind an Identity, which exists in float16, the casts stay.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from castling_deploy.errors import ExportError
+from castling_deploy.export.onnx_half import inferred
+from castling_deploy.target import Witness, WitnessKind
+
+if TYPE_CHECKING:
+    import onnx
+
+    from castling_deploy.target import Arrays
+
+
+def stored(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` with an Identity behind every float16 value that an operator makes."""
+    import onnx
+
+    typed = inferred(model)
+    halves = {
+        value.name
+        for value in (*typed.graph.value_info, *typed.graph.output)
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+    }
+    nodes = []
+    for node in model.graph.node:
+        kept = [(index, name) for index, name in enumerate(node.output) if name in halves]
+        nodes.append(node)
+        for index, name in kept:
+            node.output[index] = f"{name}/computed"
+            nodes.append(onnx.helper.make_node("Identity", [f"{name}/computed"], [name]))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    del model.graph.value_info[:]
+    return model
+
+
+class StoredSession:
+    """`path`, ready to run. Raises ExportError when it is no ONNX model that ONNX Runtime takes."""
+
+    def __init__(self, path: Path, witness: Witness) -> None:
+        import onnx
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = 1, 1
+        options.log_severity_level = 3
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # which keeps Identities
+        try:
+            model = stored(onnx.load(path)).SerializeToString()
+            self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # FileNotFoundError, protobuf's, and ONNX Runtime's, which have no public base
+            raise ExportError(
+                f"ONNX Runtime does not load {path.name}: {error}", hint="export the network again"
+            ) from error
+        self._outputs = [output.name for output in self._session.get_outputs()]
+        self.witness = witness
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs))))
+
+
+def witness() -> Witness:
+    """ONNX Runtime, but not as users run it."""
+    from importlib.metadata import version
+
+    return Witness(f"onnxruntime {version('onnxruntime')}, float16 kept between operators", WitnessKind.REFERENCE)
