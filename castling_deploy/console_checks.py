@@ -19,7 +19,7 @@ CLAIMS: Mapping[str, str] = {
     "fold": "BatchNorm and constants folded; exact, judged in float64",
     "lowered": "rewritten for the target; exact, judged in float64",
     "exported": "the artefact; judged by the limit of its precision",
-    "compiled": "the engine built from it; judged by the limit of its precision",
+    "compiled": "what a device made of it; judged by the limit of its precision",
 }
 
 

@@ -25,6 +25,7 @@ MIN_POWER = 0.95  # share of image pairs that the gate has to tell apart
 DISTANCE_IMAGES = 64  # whose pairwise distances are taken: 2,016 pairs
 LOWERED = "lowered"  # the rung of the graph that a converter is handed
 EXPORTED = "exported"  # the rung that the witnesses stand on
+COMPILED = "compiled"  # the rung of the devices among them, where others stand on the one before
 CLEARLY_WRONG = 8.0  # times the rounding noise: such an error is no rounding, however badly conditioned the network
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from castling_deploy.errors import UsageError
-from castling_deploy.parity import EXPORTED, OutputParity, ParityReport, Verdict, judged
+from castling_deploy.parity import COMPILED, EXPORTED, OutputParity, ParityReport, Verdict, judged
 from castling_deploy.plain import SCHEMA, plain
 from castling_deploy.saved import SavedParity, read_parity
 
@@ -45,7 +45,8 @@ def rejudge(path: str | Path, limit: float) -> Rejudged:
     )
     verdict = Verdict.worst([seen.verdict for seen in witnesses])
     rungs = tuple(
-        replace(rung, limit=limit, verdict=verdict) if rung.name == EXPORTED else rung for rung in saved.report.rungs
+        replace(rung, limit=limit, verdict=verdict) if rung.name in (EXPORTED, COMPILED) else rung
+        for rung in saved.report.rungs
     )
     return Rejudged(Path(path), limit, saved, replace(saved.report, rungs=rungs, witnesses=witnesses))
 

@@ -2,7 +2,8 @@
 
 ONNX Runtime 1.32 has no float16 kernels on x86. It computes an operator in float32, and where the next one does so too
 it drops the two casts between them, whatever the optimisation level: a value of 120000 passes there, and is infinite on
-a GPU and on Arm. Behind an Identity, which exists in float16, the casts stay.
+a GPU and on Arm. Behind two Identities, which exist in float16, the casts stay (one between two operators in float32 is
+computed in float32 with them).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def stored(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with an Identity behind every float16 value that an operator makes."""
+    """`model` with two Identities behind every float16 value that an operator makes, in place."""
     import onnx
 
     typed = inferred(model)
@@ -36,7 +37,8 @@ def stored(model: onnx.ModelProto) -> onnx.ModelProto:
         nodes.append(node)
         for index, name in kept:
             node.output[index] = f"{name}/computed"
-            nodes.append(onnx.helper.make_node("Identity", [f"{name}/computed"], [name]))
+            nodes.append(onnx.helper.make_node("Identity", [f"{name}/computed"], [f"{name}/stored"]))
+            nodes.append(onnx.helper.make_node("Identity", [f"{name}/stored"], [name]))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     del model.graph.value_info[:]

@@ -72,7 +72,7 @@ def run(folder, inputs):
     import onnx
     import onnxruntime
 
-    # on x86, ONNX Runtime drops float16 between two operators, unless an Identity keeps it there
+    # on x86, ONNX Runtime drops float16 between two operators, unless two Identities keep it there
     model = onnx.load(folder / "{FILE}")
     typed = onnx.shape_inference.infer_shapes(model).graph
     half = onnx.TensorProto.FLOAT16
@@ -81,7 +81,8 @@ def run(folder, inputs):
         for index, name in enumerate(node.output):
             if name in halves:
                 node.output[index] = name + "/computed"
-                model.graph.node.append(onnx.helper.make_node("Identity", [name + "/computed"], [name]))
+                model.graph.node.append(onnx.helper.make_node("Identity", [name + "/computed"], [name + "/stored"]))
+                model.graph.node.append(onnx.helper.make_node("Identity", [name + "/stored"], [name]))
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     del model.graph.value_info[:]
