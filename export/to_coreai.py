@@ -13,10 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError
+from castling_deploy.export.attesting import PRECISIONS, attestation
 from castling_deploy.export.coreai_asset import AssetContents, counts, read_asset, write_asset
 from castling_deploy.export.coreai_program import FUNCTION, converted, exported_program
 from castling_deploy.export.coreai_session import CoreAISession
-from castling_deploy.target import Artifact, Missing, Network, Precision, Session, Witness, WitnessKind
+from castling_deploy.target import (
+    Artifact,
+    Attestation,
+    Missing,
+    Network,
+    Precision,
+    Session,
+    Witness,
+    WitnessKind,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -136,6 +146,21 @@ class CoreAITarget:
             facts(contents, precision),
         )
 
+    def attest(self, folder: Path, artifact: Artifact, precision: Precision) -> Attestation:
+        contents = read_asset(folder / FILE)
+        products = product_types(contents)
+        weights: Counter[str] = Counter()
+        for value in contents.constants.values():
+            weights[value.dtype.name] += value.nbytes
+        return attestation(
+            artifact,
+            precision,
+            products,
+            Counter(name for operation in contents.operations for name in operation.results),
+            weights,
+            [f"{count} products are in {name}" for name, count in products.items() if name not in DTYPES.values()],
+        )
+
     @contextmanager
     def load(self, folder: Path, *, threads: int = 1) -> Iterator[Session]:
         """The interpreter on Linux is one thread whatever is asked for; on macOS Core AI chooses alone."""
@@ -181,15 +206,19 @@ def mlir_type(shape: tuple[int, ...]) -> str:
     return f"tensor<{'x'.join(map(str, shape))}xf32>"
 
 
-def facts(contents: AssetContents, precision: Precision) -> dict[str, Any]:
-    """What the report says about the asset."""
-    products = Counter(
+def product_types(contents: AssetContents) -> Counter[str]:
+    """Products by numpy's name of the type that they are in; by both where one mixes two."""
+    return Counter(
         " and ".join(sorted(operation.floats)) for operation in contents.operations if operation.name.endswith(PRODUCTS)
     )
+
+
+def facts(contents: AssetContents, precision: Precision) -> dict[str, Any]:
+    """What the report says about the asset."""
     norms = sum(operation.graph == FUNCTION and operation.name == "invoke" for operation in contents.operations)
     return {
         "minimum_os": "27",
-        "products": dict(products),
+        "products": {PRECISIONS[name]: count for name, count in sorted(product_types(contents).items())},
         "composites": norms,
         "operations": counts(contents),
         "notes": ["a LayerNorm's mean and variance are float32"]
