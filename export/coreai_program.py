@@ -43,7 +43,7 @@ def exported_program(network: Network, precision: Precision) -> torch.export.Exp
                 hint="give every axis a size: --batch-size, --imgsz",
             )
     half = precision is Precision.FP16
-    module = with_affine_norms(in_half(network.module, network.islands), network.islands) if half else network.module
+    module = in_half(network.module, network.islands) if half else network.module
     try:
         with torch.no_grad():
             program = torch.export.export(module, network.example()).run_decompositions(get_decomp_table())
@@ -51,6 +51,7 @@ def exported_program(network: Network, precision: Precision) -> torch.export.Exp
         raise ExportError(f"torch.export refuses the network: {error}") from error
     if half:
         widen_reductions(program.graph_module, network.reductions)
+        with_affine_norms(program.graph_module)
     return program
 
 
@@ -93,22 +94,26 @@ def wide_in(program: torch.export.ExportedProgram, islands: Sequence[str]) -> Wi
     )
 
 
-def with_affine_norms(module: nn.Module, islands: Sequence[str]) -> nn.Module:
-    """`module`, changed in place: a LayerNorm whose scale and bias were folded away has them again, as ones and zeros.
+def with_affine_norms(graph: torch.fx.GraphModule) -> None:
+    """Give float16 LayerNorms whose scale and bias were folded away both again, as ones and zeros, in place.
 
     coreai-torch 0.4.3 gives a LayerNorm without them float32 ones and zeros, and float32 leaves the Neural Engine; in an
-    island they are right.
+    island, where they are right, none is given.
     """
     import torch
-    from torch import nn
 
-    for path, norm in module.named_modules():
-        if inside(path.removeprefix(NETWORK).removeprefix("."), islands):
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function" or kind(node) != "native_layer_norm" or node.args[2] is not None:
             continue
-        if isinstance(norm, nn.LayerNorm) and norm.weight is None:
-            norm.weight = nn.Parameter(torch.ones(norm.normalized_shape, dtype=torch.float16), requires_grad=False)
-            norm.bias = nn.Parameter(torch.zeros(norm.normalized_shape, dtype=torch.float16), requires_grad=False)
-    return module
+        given, shape = node.args[0].meta["val"], list(node.args[1])
+        if given.dtype != torch.float16:
+            continue
+        for place, number in ((2, 1.0), (3, 0.0)):
+            with graph.graph.inserting_before(node):
+                made = graph.graph.call_function(torch.ops.aten.full.default, (shape, number), {"dtype": given.dtype})
+            made.meta = {**node.meta, "val": given.new_full(shape, number)}
+            node.update_arg(place, made)
+    graph.recompile()
 
 
 def converted(program: torch.export.ExportedProgram, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Any:

@@ -31,6 +31,8 @@ from castling_deploy.target import (
 if TYPE_CHECKING:
     from torch import nn
 
+    from castling_deploy.target import Arrays
+
 FILE = "model.aimodel"
 # A beta: the converter, the reading back and the runtime were checked with these, and the formats still move.
 PACKAGES = {"coreai-core": "1.0.0b3", "coreai-torch": "0.4.3"}
@@ -64,6 +66,22 @@ async with AIModelAsset.load("{file}").executable() as model:
     outputs = await function({{"{input}": NDArray(image)}})    # {shape} float32, normalised
     logits = outputs["{output}"].numpy()
 ```
+"""
+
+SCRIPT = f"""\
+def run(folder, inputs):
+    import asyncio
+
+    from coreai.authoring import AIModelAsset
+    from coreai.runtime import NDArray
+
+    async def outputs():
+        async with AIModelAsset.load(folder / "{FILE}").executable() as model:
+            found = await model.load_function("{FUNCTION}")({{name: NDArray(value) for name, value in inputs.items()}})
+            return {{name: np.array(value.numpy()) for name, value in found.items()}}
+
+    return asyncio.run(outputs())
+
 """
 
 
@@ -171,6 +189,12 @@ class CoreAITarget:
             yield session
         finally:
             session.close()
+
+    def constants(self, folder: Path) -> Arrays:
+        return read_asset(folder / FILE).constants
+
+    def script(self) -> str:
+        return SCRIPT
 
 
 def installed_version(package: str) -> str | None:

@@ -188,10 +188,11 @@ def test_float32_outside_of_the_islands_is_refused(island: Exported) -> None:
 
 
 def test_a_norm_in_an_island_has_no_float16_in_it() -> None:
-    network = replace(network_named("deit"), islands=("blocks.0.norm1",))
+    network = replace(network_named("deit"), islands=("norm",))
     program = exported_program(network, Precision.FP16)
-    norm = next(node for node in program.graph.nodes if "layer_norm" in str(node.target))
+    *others, norm = (node for node in program.graph.nodes if "layer_norm" in str(node.target))
     assert {str(node.meta["val"].dtype) for node in norm.all_input_nodes} == {"torch.float32"}
+    assert {str(node.meta["val"].dtype) for other in others for node in other.all_input_nodes} == {"torch.float16"}
 
 
 class Unit(nn.Module):
