@@ -14,7 +14,6 @@ from castling_deploy.target import Network, Precision
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 FUNCTION = "main"  # the entry point that coreai-torch gives a program
 NETWORK = "network"  # the network's name inside what `in_half` returns
@@ -97,8 +96,8 @@ def wide_in(program: torch.export.ExportedProgram, islands: Sequence[str]) -> Wi
 def with_affine_norms(graph: torch.fx.GraphModule) -> None:
     """Give float16 LayerNorms whose scale and bias were folded away both again, as ones and zeros, in place.
 
-    coreai-torch 0.4.3 gives a LayerNorm without them float32 ones and zeros, and float32 leaves the Neural Engine; in an
-    island, where they are right, none is given.
+    coreai-torch 0.4.3 gives a LayerNorm without them float32 ones and zeros, and float32 leaves the Neural Engine;
+    in an island, where they are right, none is given.
     """
     import torch
 

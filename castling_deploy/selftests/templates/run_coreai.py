@@ -24,14 +24,12 @@ def opened(model: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
         raise ValueError("main.mlirb is not the program that main.hash is of")
     loop = asyncio.Runner()
 
-    async def load() -> tuple:
-        executable = AIModelAsset.load(model).executable()
-        return executable, (await executable.__aenter__()).load_function("main")
-
-    alive = loop.run(load())
+    executable = AIModelAsset.load(model).executable()
+    loaded = loop.run(executable.__aenter__())  # until the process ends
+    function = loaded.load_function("main")
 
     async def run(batch: np.ndarray) -> list[np.ndarray]:
-        outputs = await alive[1]({INPUT: NDArray(batch)})
+        outputs = await function({INPUT: NDArray(batch)})
         return [np.array(outputs[name].numpy()) for name in OUTPUTS]
 
     return lambda batch: loop.run(run(batch))
