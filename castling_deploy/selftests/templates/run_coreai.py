@@ -30,7 +30,7 @@ def opened(model: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
 
     async def run(batch: np.ndarray) -> list[np.ndarray]:
         outputs = await function({INPUT: NDArray(batch)})
-        return [np.array(outputs[name].numpy()) for name in OUTPUTS]
+        return [np.array(outputs[name].numpy()) for name in OUTPUTS]  # type: ignore[union-attr]  # no image is returned
 
     return lambda batch: loop.run(run(batch))
 
