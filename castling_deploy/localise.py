@@ -31,7 +31,7 @@ from castling_deploy.probes import Probes
 from castling_deploy.progress import Advance, Progress, Silent
 from castling_deploy.quiet import toolchain
 from castling_deploy.runner import exacting
-from castling_deploy.target import Artifact, Network, Precision, Readable, Target
+from castling_deploy.target import Artifact, Network, Precision, Readable, Target, images_for
 
 REAL, WORST, STRUCTURED = 8, 4, 3  # probes that every prefix runs on
 EXACT = 4  # of them in float64 too
@@ -120,7 +120,8 @@ def localise(
     """
     progress = progress or Silent()
     with progress.stage("trace the network and run the reference"):
-        search = _Search(target, network, precision, options, probes)
+        images = images_for(target, precision)
+        search = _Search(target, network, precision, options, probes if images is None else probes.few(images))
     with tempfile.TemporaryDirectory() as scratch:
         search.scratch = Path(scratch)
         with progress.stage(f"{target.name}: find the module that goes wrong") as advance:

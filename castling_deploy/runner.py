@@ -80,6 +80,7 @@ RUNNERS: tuple[str, ...] = (
     "castling_deploy.witnesses.qnn:QnnHost",
     "castling_deploy.witnesses.executorch_arm64:ExecuTorchArm64",
     "castling_deploy.witnesses.tensorrt_rtx:RtxBuilder",
+    "castling_deploy.witnesses.mil_half:MilHalf",
 )
 ALL = "all"
 

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError
 from castling_deploy.export.coreai_program import FUNCTION
+
+if TYPE_CHECKING:
+    from castling_deploy.target import Arrays
 
 PROGRAM, DIGEST, METADATA = "main.mlirb", "main.hash", "metadata.json"
 MAGIC = b"ML\xefR"  # of MLIR's bytecode
 OURS = "castling"  # the key of our facts in the metadata that a creator may define
 FLOATS = {"f16": "float16", "f32": "float32", "bf16": "bfloat16", "f64": "float64"}  # MLIR's names, and numpy's
+NUMPY = {  # MLIR's names of what a resource may hold
+    **{"f16": "float16", "f32": "float32", "f64": "float64", "i1": "bool"},
+    **{f"{sign}i{bits}": f"{full}int{bits}" for sign, full in (("s", ""), ("u", "u")) for bits in (8, 16, 32, 64)},
+}
+RESOURCE = re.compile(r'^ +(\w+): "0x([0-9A-F]*)"', re.MULTILINE)
+REFERENCE = re.compile(r"dense_resource<(\w+)>")
 PARAMETRISED = frozenset({"coreai.interpolate"})  # takes its scale and offset as float32 constants, whatever it scales
 
 
@@ -36,12 +46,17 @@ class Operation:
 
 @dataclass(frozen=True)
 class AssetContents:
-    """What a saved asset holds. Inputs and outputs are (name, MLIR type)."""
+    """What a saved asset holds. Inputs and outputs are (name, MLIR type).
+
+    `constants` are in the program's order; a large one has the name of its resource, `weight_3`, another that of its
+    graph with its place among the constants there, `main.12`.
+    """
 
     operations: tuple[Operation, ...]
     inputs: tuple[tuple[str, str], ...]
     outputs: tuple[tuple[str, str], ...]
     metadata: Mapping[str, Any]
+    constants: Arrays
 
 
 def write_asset(program: Any, path: Path, description: str, facts: Mapping[str, str]) -> None:
@@ -92,7 +107,11 @@ def read_asset(path: Path) -> AssetContents:
     outputs = named(function.attributes["res_attrs"], kind.results)
     operations = tuple(operations_of(module.operation, ""))
     metadata = json.loads((path / METADATA).read_text())
-    return AssetContents(operations, inputs, outputs, metadata)
+    try:
+        constants = dict(constants_of(module))
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ExportError(f"the constants of {path.name} cannot be read: {error}") from error
+    return AssetContents(operations, inputs, outputs, metadata, constants)
 
 
 def named(attributes: Any, types: Any) -> tuple[tuple[str, str], ...]:
@@ -114,6 +133,36 @@ def operations_of(operation: Any, graph: str) -> Iterator[Operation]:
                 results = floats(inner.results)
                 yield Operation(graph, name, floats(inner.operands) | results, results)
                 yield from operations_of(inner, graph)
+
+
+def constants_of(module: Any) -> Iterator[tuple[str, Any]]:
+    """Name and values of every constant.
+
+    MLIR's Python keeps the large ones, its resources, to itself (coreai-core 1.0.0b3); its text has them, as
+    hexadecimal: four bytes of alignment, then the numbers.
+    """
+    import numpy as np
+
+    text: str = module.operation.get_asm(enable_debug_info=False)
+    blobs = {name: bytes.fromhex(digits)[4:] for name, digits in RESOURCE.findall(text)}
+    for graph in (found.operation for found in module.body.operations):
+        stem = graph.attributes["sym_name"].value
+        for number, constant in enumerate(one for one in nested(graph) if one.name.endswith(".constant")):
+            value, kind = constant.attributes["value"], constant.results[0].type
+            if (resource := REFERENCE.match(str(value))) is None:
+                yield f"{stem}.{number}", np.array(value)
+            else:
+                dtype = np.dtype(NUMPY[str(kind.element_type)])
+                yield resource[1], np.frombuffer(blobs[resource[1]], dtype).reshape(kind.shape)
+
+
+def nested(operation: Any) -> Iterator[Any]:
+    """Every operation inside `operation`, in order."""
+    for region in operation.regions:
+        for block in region.blocks:
+            for inner in (found.operation for found in block.operations):
+                yield inner
+                yield from nested(inner)
 
 
 def composite(name: str) -> str:

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError, ShapeError
 from castling_deploy.export.half_network import in_half
+from castling_deploy.export.scopes import REDUCTIONS, inside, kind, module_stack
 from castling_deploy.target import Network, Precision
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 FUNCTION = "main"  # the entry point that coreai-torch gives a program
+NETWORK = "network"  # the network's name inside what `in_half` returns
+PRODUCTS = frozenset({"addmm", "baddbmm", "bmm", "convolution", "linear", "matmul", "mm"})  # torch's, decomposed
+CAST = "_to_copy"
+NORMS = frozenset({"layer_norm", "native_layer_norm"})  # coreai-torch computes their statistics in float32 anyway
+
+
+@dataclass(frozen=True)
+class Wide:
+    """What a float16 program may have in float32: products, those of the islands, and casts, all that it has."""
+
+    products: int = 0
+    casts: int = 0
 
 
 def exported_program(network: Network, precision: Precision) -> torch.export.ExportedProgram:
@@ -27,29 +41,78 @@ def exported_program(network: Network, precision: Precision) -> torch.export.Exp
                 f"'{spec.name}' has the shape {spec.shape}, and this target writes fixed shapes",
                 hint="give every axis a size: --batch-size, --imgsz",
             )
-    module = (
-        with_affine_norms(in_half(network.module, network.islands)) if precision is Precision.FP16 else network.module
-    )
+    half = precision is Precision.FP16
+    module = in_half(network.module, network.islands) if half else network.module
     try:
         with torch.no_grad():
-            return torch.export.export(module, network.example()).run_decompositions(get_decomp_table())
+            program = torch.export.export(module, network.example()).run_decompositions(get_decomp_table())
     except Exception as error:  # torch.export raises errors of a dozen classes, most of them private
         raise ExportError(f"torch.export refuses the network: {error}") from error
+    if half:
+        widen_reductions(program.graph_module, network.reductions)
+        with_affine_norms(program.graph_module)
+    return program
 
 
-def with_affine_norms(module: nn.Module) -> nn.Module:
-    """`module`, changed in place: a LayerNorm whose scale and bias were folded away has them again, as ones and zeros.
+def widen_reductions(graph: torch.fx.GraphModule, paths: Sequence[str]) -> None:
+    """Let sums, means and norms of the modules at `paths` be float32 between casts, in place."""
+    import torch
 
-    coreai-torch 0.4.3 gives a LayerNorm without them float32 ones and zeros, and float32 leaves the Neural Engine.
+    cast = torch.ops.aten._to_copy.default
+    for node in list(graph.graph.nodes):
+        name = kind(node) if node.op == "call_function" else ""
+        if name not in REDUCTIONS - NORMS or path_of(node) not in paths or node.meta["val"].dtype != torch.float16:
+            continue
+        (given, *_) = node.all_input_nodes
+        with graph.graph.inserting_before(node):
+            wide = graph.graph.call_function(cast, (given,), {"dtype": torch.float32})
+        node.replace_input_with(given, wide)
+        with graph.graph.inserting_after(node):
+            back = graph.graph.call_function(cast, (node,), {"dtype": torch.float16})
+        node.replace_all_uses_with(back, delete_user_cb=lambda user, back=back: user is not back)
+        for made, like, dtype in (
+            (wide, given, torch.float32),
+            (back, node, torch.float16),
+            (node, node, torch.float32),
+        ):
+            made.meta = {**node.meta, "val": like.meta["val"].to(dtype)}
+    graph.recompile()
+
+
+def path_of(node: torch.fx.Node) -> str:
+    """The module that a node of a float16 program is from, by its path in the network."""
+    return module_stack(node)[-1].removeprefix(NETWORK).removeprefix(".")
+
+
+def wide_in(program: torch.export.ExportedProgram, islands: Sequence[str]) -> Wide:
+    """What the Core AI program made of this float16 one may have in float32."""
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    return Wide(
+        sum(kind(node) in PRODUCTS and inside(path_of(node), islands) for node in calls),
+        sum(kind(node) == CAST for node in calls),
+    )
+
+
+def with_affine_norms(graph: torch.fx.GraphModule) -> None:
+    """Give float16 LayerNorms whose scale and bias were folded away both again, as ones and zeros, in place.
+
+    coreai-torch 0.4.3 gives a LayerNorm without them float32 ones and zeros, and float32 leaves the Neural Engine;
+    in an island, where they are right, none is given.
     """
     import torch
-    from torch import nn
 
-    for norm in module.modules():
-        if isinstance(norm, nn.LayerNorm) and norm.weight is None:
-            norm.weight = nn.Parameter(torch.ones(norm.normalized_shape, dtype=torch.float16), requires_grad=False)
-            norm.bias = nn.Parameter(torch.zeros(norm.normalized_shape, dtype=torch.float16), requires_grad=False)
-    return module
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function" or kind(node) != "native_layer_norm" or node.args[2] is not None:
+            continue
+        given, shape = node.args[0].meta["val"], list(node.args[1])
+        if given.dtype != torch.float16:
+            continue
+        for place, number in ((2, 1.0), (3, 0.0)):
+            with graph.graph.inserting_before(node):
+                made = graph.graph.call_function(torch.ops.aten.full.default, (shape, number), {"dtype": given.dtype})
+            made.meta = {**node.meta, "val": given.new_full(shape, number)}
+            node.update_arg(place, made)
+    graph.recompile()
 
 
 def converted(program: torch.export.ExportedProgram, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Any:

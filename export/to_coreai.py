@@ -13,13 +13,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError
+from castling_deploy.export.attesting import PRECISIONS, attestation
 from castling_deploy.export.coreai_asset import AssetContents, counts, read_asset, write_asset
-from castling_deploy.export.coreai_program import FUNCTION, converted, exported_program
+from castling_deploy.export.coreai_program import FUNCTION, Wide, converted, exported_program, wide_in
 from castling_deploy.export.coreai_session import CoreAISession
-from castling_deploy.target import Artifact, Missing, Network, Precision, Session, Witness, WitnessKind
+from castling_deploy.target import (
+    Artifact,
+    Attestation,
+    Missing,
+    Network,
+    Precision,
+    Session,
+    Witness,
+    WitnessKind,
+)
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from castling_deploy.target import Arrays
 
 FILE = "model.aimodel"
 # A beta: the converter, the reading back and the runtime were checked with these, and the formats still move.
@@ -54,6 +66,22 @@ async with AIModelAsset.load("{file}").executable() as model:
     outputs = await function({{"{input}": NDArray(image)}})    # {shape} float32, normalised
     logits = outputs["{output}"].numpy()
 ```
+"""
+
+SCRIPT = f"""\
+def run(folder, inputs):
+    import asyncio
+
+    from coreai.authoring import AIModelAsset
+    from coreai.runtime import NDArray
+
+    async def outputs():
+        async with AIModelAsset.load(folder / "{FILE}").executable() as model:
+            found = await model.load_function("{FUNCTION}")({{name: NDArray(value) for name, value in inputs.items()}})
+            return {{name: np.array(value.numpy()) for name, value in found.items()}}
+
+    return asyncio.run(outputs())
+
 """
 
 
@@ -114,10 +142,12 @@ class CoreAITarget:
 
     def export(self, network: Network, precision: Precision, options: CoreAIOptions, folder: Path) -> Artifact:
         inputs, outputs = (tuple(spec.name for spec in specs) for specs in (network.inputs, network.outputs))
-        program = converted(exported_program(network, precision), inputs, outputs)
-        write_asset(program, folder / FILE, network.description, network.metadata)
+        program = exported_program(network, precision)
+        wide = wide_in(program, network.islands)
+        asset = converted(program, inputs, outputs)
+        write_asset(asset, folder / FILE, network.description, network.metadata)
         contents = read_asset(folder / FILE)
-        check(contents, network, precision)
+        check(contents, network, precision, wide)
         (image,), logits = network.inputs, network.outputs[0]
         usage = USAGE.format(
             function=FUNCTION,
@@ -137,6 +167,21 @@ class CoreAITarget:
             facts(contents, precision),
         )
 
+    def attest(self, folder: Path, artifact: Artifact, precision: Precision) -> Attestation:
+        contents = read_asset(folder / FILE)
+        products = product_types(contents)
+        weights: Counter[str] = Counter()
+        for value in contents.constants.values():
+            weights[value.dtype.name] += value.nbytes
+        return attestation(
+            artifact,
+            precision,
+            products,
+            Counter(name for operation in contents.operations for name in operation.results),
+            weights,
+            [f"{count} products are in {name}" for name, count in products.items() if name not in DTYPES.values()],
+        )
+
     @contextmanager
     def load(self, folder: Path, *, threads: int = 1) -> Iterator[Session]:
         """The interpreter on Linux is one thread whatever is asked for; on macOS Core AI chooses alone."""
@@ -146,6 +191,12 @@ class CoreAITarget:
         finally:
             session.close()
 
+    def constants(self, folder: Path) -> Arrays:
+        return read_asset(folder / FILE).constants
+
+    def script(self) -> str:
+        return SCRIPT
+
 
 def installed_version(package: str) -> str | None:
     try:
@@ -154,20 +205,33 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def check(contents: AssetContents, network: Network, precision: Precision) -> None:
+def check(contents: AssetContents, network: Network, precision: Precision, wide: Wide) -> None:
     """Raises ExportError unless the asset has the network's interface, and all its arithmetic the precision asked for.
 
-    The border may cast, and a norm may keep its statistics in float32.
+    The border may cast, and a norm may keep its statistics in float32. Where a float16 network has islands, as many
+    products as `wide` has are float32, and no value changes its type but at its casts: what coreai-torch had widened by
+    itself would have casts of its own. A part of a network may have no product.
     """
     asked = {DTYPES[precision]}
     products = [operation for operation in contents.operations if operation.name.endswith(PRODUCTS)]
     wrong = [operation for operation in products if operation.floats != asked]
-    wrong += [
-        operation
-        for operation in contents.operations
-        if operation.results - asked and operation.name != "cast" and operation.graph not in STATISTICS
-    ]
-    if wrong or not products:
+    if precision is Precision.FP16 and (network.islands or network.reductions):
+        inner = [operation for operation in wrong if operation.floats == {DTYPES[Precision.FP32]}]
+        casts = sum(one.name == "cast" and one.graph == FUNCTION for one in contents.operations)
+        if len(inner) != wide.products or casts > wide.casts:
+            raise ExportError(
+                f"{precision} was asked for, with {wide.products} products and {wide.casts} casts for what stays in "
+                f"float32, and {len(inner)} products and {casts} casts were built",
+                hint="report this network",
+            )
+        wrong = [operation for operation in wrong if len(operation.floats) > 1]
+    else:
+        wrong += [
+            operation
+            for operation in contents.operations
+            if operation.results - asked and operation.name != "cast" and operation.graph not in STATISTICS
+        ]
+    if wrong or not (products or network.part):
         found = ", ".join(f"{one.name} in {' and '.join(sorted(one.floats))}" for one in wrong[:3])
         raise ExportError(
             f"{precision} was asked for, and not built: {found or 'there is no product'}", hint="report this network"
@@ -179,18 +243,22 @@ def check(contents: AssetContents, network: Network, precision: Precision) -> No
 
 def mlir_type(shape: tuple[int, ...]) -> str:
     """Of a float32 tensor of this shape."""
-    return f"tensor<{'x'.join(map(str, shape))}xf32>"
+    return f"tensor<{''.join(f'{size}x' for size in shape)}f32>"
+
+
+def product_types(contents: AssetContents) -> Counter[str]:
+    """Products by numpy's name of the type that they are in; by both where one mixes two."""
+    return Counter(
+        " and ".join(sorted(operation.floats)) for operation in contents.operations if operation.name.endswith(PRODUCTS)
+    )
 
 
 def facts(contents: AssetContents, precision: Precision) -> dict[str, Any]:
     """What the report says about the asset."""
-    products = Counter(
-        " and ".join(sorted(operation.floats)) for operation in contents.operations if operation.name.endswith(PRODUCTS)
-    )
     norms = sum(operation.graph == FUNCTION and operation.name == "invoke" for operation in contents.operations)
     return {
         "minimum_os": "27",
-        "products": dict(products),
+        "products": {PRECISIONS[name]: count for name, count in sorted(product_types(contents).items())},
         "composites": norms,
         "operations": counts(contents),
         "notes": ["a LayerNorm's mean and variance are float32"]

@@ -66,7 +66,7 @@ def repeated(localisation: Localisation) -> str:
     return run.stdout
 
 
-@pytest.mark.parametrize("name", ["onnx", "tensorrt", "coreml", "executorch"])
+@pytest.mark.parametrize("name", ["onnx", "tensorrt", "coreml", "executorch", "coreai"])
 def test_an_overflow_in_an_attention_projection_is_found_in_every_format(name: str, tmp_path: Path) -> None:
     target = target_named(name)
     if missing := target.missing():

@@ -36,6 +36,8 @@ CASES = {
     "tensorrt": ("deit", "tensorrt", "fp16", {}),
     "executorch": ("deit", "executorch", "fp32", {}),
     "executorch-detector": ("detector", "executorch", "fp16", {"batch_size": 2}),
+    "coreai": ("deit", "coreai", "fp32", {}),
+    "coreai-fp16": ("deit", "coreai", "fp16", {"batch_size": 2}),
 }
 HEADERS = [os.environ.get("ONNXRUNTIME_INCLUDE", ""), "/usr/include/onnxruntime", "/usr/local/include/onnxruntime"]
 
@@ -102,10 +104,10 @@ def test_its_numbers_are_those_of_verify(artefact: Path, tmp_path: Path) -> None
     _, lines = run(artefact, tmp_path)
     seen = castling_deploy.verify(artefact)
     said = dict(re.findall(r"(\w+): rel (\S+),", "\n".join(lines)))
-    for output in seen.golden.outputs:
+    for output in seen.golden[0].outputs:
         if output.name in said and output.rel is not None:
             assert float(said[output.name]) == pytest.approx(output.rel, rel=0.01, abs=2e-7)
-    assert Verdict.FAIL not in {output.verdict for output in seen.golden.outputs}
+    assert Verdict.FAIL not in {output.verdict for output in seen.golden[0].outputs}
 
 
 def test_it_fails_where_a_golden_image_was_exchanged(copy: Path, tmp_path: Path) -> None:
@@ -117,7 +119,7 @@ def test_it_fails_where_a_golden_image_was_exchanged(copy: Path, tmp_path: Path)
 
 
 def test_it_fails_on_a_model_that_does_not_load(copy: Path, tmp_path: Path) -> None:
-    model = next(copy.glob("model.[op]*"))
+    model = next(copy.glob("model.[op]*"), copy / "model.aimodel" / "main.mlirb")
     model.write_bytes(model.read_bytes()[: model.stat().st_size // 3])
     code, lines = run(copy, tmp_path)
     assert (code, lines[-1]) == (1, "FAIL"), lines
@@ -132,11 +134,12 @@ def test_it_fails_on_outputs_that_are_not_finite_or_of_another_shape(made: Made,
         assert (code, lines[-1]) == (1, "FAIL"), lines
 
 
-@pytest.mark.parametrize("case", ["onnx", "executorch", "onnx-boxes"])
+@pytest.mark.parametrize("case", ["onnx", "executorch", "onnx-boxes", "coreai"])
 def test_it_fails_on_another_networks_model(case: str, made: Made, tmp_path: Path) -> None:
     copy = shutil.copytree(made(case), tmp_path / "copy")
     model = read_folder(copy).artifact.files[0]
-    shutil.copyfile(made(case, seed=1) / model, copy / model)
+    other = made(case, seed=1) / model
+    shutil.copytree(other, copy / model, dirs_exist_ok=True) if other.is_dir() else shutil.copyfile(other, copy / model)
     code, lines = run(copy, tmp_path)
     assert (code, lines[-1]) == (1, "FAIL"), lines
 

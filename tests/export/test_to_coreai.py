@@ -15,14 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from folded_networks import folded_network, images_for, logits_of, network_of
 from networks import BASELINES, SMALL, SMALL_DEIT, conditioned, small
+from torch import nn
 
 from castling_deploy.castle import castle
 from castling_deploy.errors import ExportError, ShapeError
 from castling_deploy.export import to_coreai
 from castling_deploy.export.coreai_asset import read_asset
-from castling_deploy.export.coreai_program import converted, exported_program, numbered
+from castling_deploy.export.coreai_program import Wide, converted, exported_program, numbered, wide_in
 from castling_deploy.export.to_coreai import CoreAIOptions, CoreAITarget, check
 from castling_deploy.fold import fold
 from castling_deploy.models.deit import CastlingDeiT
@@ -111,7 +113,7 @@ def test_every_family_and_its_baseline_can_be_exported(name: str, tmp_path: Path
 def test_asset_says_what_was_built(exported: Exported) -> None:
     own = to_coreai.DTYPES[exported.precision]
     details = exported.artifact.details
-    assert details["products"].keys() == {own} and details["products"][own] > 10
+    assert details["products"].keys() == {exported.precision} and details["products"][exported.precision] > 10
     other = {name for name in details["operations"] if own not in name and not name.startswith("layer_norm/")}
     assert other <= {"cast float32"}
     assert (details["notes"] != []) == (exported.precision is Precision.FP16 and exported.network.name == "deit")
@@ -125,9 +127,9 @@ def test_no_float32_enters_a_folded_layer_norm(half: Exported) -> None:
 def test_other_precision_is_refused(exported: Exported) -> None:
     contents = read_asset(exported.path)
     other = Precision.FP16 if exported.precision is Precision.FP32 else Precision.FP32
-    check(contents, exported.network, exported.precision)
+    check(contents, exported.network, exported.precision, Wide())
     with pytest.raises(ExportError, match=f"{other} was asked for, and not built: "):
-        check(contents, exported.network, other)
+        check(contents, exported.network, other, Wide())
 
 
 def test_one_product_in_another_precision_and_none_at_all_are_refused(half: Exported) -> None:
@@ -136,9 +138,9 @@ def test_one_product_in_another_precision_and_none_at_all_are_refused(half: Expo
     wrong = replace(contents.operations[first], floats=frozenset({"float16", "float32"}))
     mixed = (*contents.operations[:first], wrong, *contents.operations[first + 1 :])
     with pytest.raises(ExportError, match="matmul in float16 and float32"):
-        check(replace(contents, operations=mixed), half.network, Precision.FP16)
+        check(replace(contents, operations=mixed), half.network, Precision.FP16, Wide())
     with pytest.raises(ExportError, match="there is no product"):
-        check(replace(contents, operations=()), half.network, Precision.FP16)
+        check(replace(contents, operations=()), half.network, Precision.FP16, Wide())
 
 
 def test_program_of_the_other_precision_is_refused_by_export(
@@ -151,12 +153,77 @@ def test_program_of_the_other_precision_is_refused_by_export(
         TARGET.export(deit.network, Precision.FP16, CoreAIOptions(), tmp_path)
 
 
+ISLAND = "blocks.0.mlp"
+
+
+@pytest.fixture(scope="module")
+def island(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    network, folder = replace(network_named("deit"), islands=(ISLAND,)), tmp_path_factory.mktemp("island")
+    artifact = TARGET.export(network, Precision.FP16, CoreAIOptions(), folder)
+    return Exported(network, Precision.FP16, folder, artifact)
+
+
+def test_an_island_is_float32_and_nothing_else_is(island: Exported, half: Exported) -> None:
+    assert island.artifact.details["products"]["fp32"] == 2
+    assert sum(island.artifact.details["products"].values()) == half.artifact.details["products"]["fp16"]
+    assert island.artifact.details["operations"]["gelu float32"] == 1
+    assert (
+        island.artifact.details["operations"]["cast float16"] == half.artifact.details["operations"]["cast float16"] + 1
+    )
+    assert differs(island.network, island.folder, BATCH) < LIMITS[Precision.FP16]
+
+
+def test_float32_outside_of_the_islands_is_refused(island: Exported) -> None:
+    contents = read_asset(island.path)
+    wide = wide_in(exported_program(island.network, Precision.FP16), island.network.islands)
+    assert wide == Wide(products=2, casts=4)
+    check(contents, island.network, Precision.FP16, wide)
+    for fewer in (replace(wide, products=1), replace(wide, casts=3)):
+        with pytest.raises(ExportError, match="and 2 products and 4 casts were built"):
+            check(contents, island.network, Precision.FP16, fewer)
+    with pytest.raises(ExportError, match="fp32 was asked for, and not built"):
+        check(contents, island.network, Precision.FP32, wide)
+    with pytest.raises(ExportError, match="matmul in float32"):
+        check(contents, replace(island.network, islands=()), Precision.FP16, wide)
+
+
+def test_a_norm_in_an_island_has_no_float16_in_it() -> None:
+    network = replace(network_named("deit"), islands=("norm",))
+    program = exported_program(network, Precision.FP16)
+    *others, norm = (node for node in program.graph.nodes if "layer_norm" in str(node.target))
+    assert {str(node.meta["val"].dtype) for node in norm.all_input_nodes} == {"torch.float32"}
+    assert {str(node.meta["val"].dtype) for other in others for node in other.all_input_nodes} == {"torch.float16"}
+
+
+class Unit(nn.Module):
+    """Rows of length one: their squares leave float16, the rows do not."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / x.norm(dim=-1, keepdim=True)
+
+
+def test_reductions_alone_can_be_float32(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 32, 8, 8), nn.Flatten(2), Unit(), nn.Flatten(1), nn.Linear(512, 10)).eval()
+    with torch.no_grad():
+        layers[0].weight.mul_(1e3)  # type: ignore[operator, union-attr]
+    found = {}
+    for reductions in (("2",), ()):
+        network = replace(network_of(layers, (32, 32)), reductions=reductions)
+        folder = tmp_path / f"of{len(reductions)}"
+        folder.mkdir()
+        artifact = TARGET.export(network, Precision.FP16, CoreAIOptions(), folder)
+        assert artifact.details["products"] == {"fp16": 2}
+        found[reductions] = differs(network, folder, 1)
+    assert found["2",] < LIMITS[Precision.FP16] < 10 * LIMITS[Precision.FP16] < found[()]
+
+
 def test_inputs_and_outputs_have_the_names_and_types_of_the_network(half: Exported) -> None:
     contents = read_asset(half.path)
     assert contents.inputs == (("image", "tensor<2x3x32x32xf32>"),)
     assert contents.outputs == (("logits", "tensor<2x10xf32>"),)
     with pytest.raises(ExportError, match="interface"):
-        check(replace(contents, inputs=(("x", contents.inputs[0][1]),)), half.network, Precision.FP16)
+        check(replace(contents, inputs=(("x", contents.inputs[0][1]),)), half.network, Precision.FP16, Wide())
 
 
 def test_facts_travel_inside_and_nothing_of_this_machine_does(exported: Exported) -> None:
@@ -264,8 +331,6 @@ def test_open_axis_is_refused() -> None:
 
 
 def test_operation_that_core_ai_lacks_is_an_export_error() -> None:
-    import torch
-
     class Unknown(torch.nn.Module):
         def forward(self, image: torch.Tensor) -> torch.Tensor:
             return torch.linalg.eigvalsh(image[0, 0] @ image[0, 0].T)[None, :10]
