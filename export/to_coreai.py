@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError
 from castling_deploy.export.attesting import PRECISIONS, attestation
-from castling_deploy.export.coreai_asset import AssetContents, counts, read_asset, write_asset
+from castling_deploy.export.coreai_asset import OURS, AssetContents, counts, read_asset, write_asset
 from castling_deploy.export.coreai_program import FUNCTION, Wide, converted, exported_program, wide_in
 from castling_deploy.export.coreai_session import CoreAISession
 from castling_deploy.target import (
@@ -180,6 +180,7 @@ class CoreAITarget:
             Counter(name for operation in contents.operations for name in operation.results),
             weights,
             [f"{count} products are in {name}" for name, count in products.items() if name not in DTYPES.values()],
+            contents.metadata.get("creatorDefinedMetadata", {}).get(OURS, {}),
         )
 
     @contextmanager
