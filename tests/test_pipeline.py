@@ -74,7 +74,7 @@ def test_every_artefact_computes_what_pytorch_computes(
     limit = LIMITS[precision]
     assert parity["verdict"] == "pass", run.err
     assert parity["power"] >= 0.95
-    assert [rung["name"] for rung in parity["rungs"]] == ["cast", "fold", "exported"]
+    assert [rung["name"] for rung in parity["rungs"]] == ["cast", "fold", "lowered", "exported"]
     assert all(rung["verdict"] == "pass" for rung in parity["rungs"])
     assert parity["rungs"][1]["rel"] < 1e-12
     (witness,) = parity["witnesses"]
