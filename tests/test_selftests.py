@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import ort_headers
 import pytest
 from detectors import detector
 from networks import small
@@ -21,6 +22,7 @@ from torch import nn
 
 import castling_deploy
 from castling_deploy.artifact import read_folder
+from castling_deploy.errors import SetupError
 from castling_deploy.parity import TOLERANCES, Reference, Verdict
 from castling_deploy.selftests.facts import Facts, GoldenOutput, golden_output
 from castling_deploy.selftests.languages import LANGUAGES
@@ -37,7 +39,6 @@ CASES = {
     "executorch": ("deit", "executorch", "fp32", {}),
     "executorch-detector": ("detector", "executorch", "fp16", {"batch_size": 2}),
 }
-HEADERS = [os.environ.get("ONNXRUNTIME_INCLUDE", ""), "/usr/include/onnxruntime", "/usr/local/include/onnxruntime"]
 
 
 def network(name: str, seed: int) -> nn.Module:
@@ -162,12 +163,13 @@ def test_without_its_platform_it_says_so_and_does_not_pass(input: str, tmp_path:
 
 @pytest.fixture(scope="module")
 def onnxruntime_sdk(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Headers, from ONNXRUNTIME_INCLUDE or Debian's libonnxruntime-dev, and the library of the Python package."""
+    """Headers, and the library of the Python package."""
     if shutil.which("g++") is None:
         pytest.skip("there is no g++ here")
-    folders = [Path(folder) for folder in HEADERS if folder and Path(folder, "onnxruntime_cxx_api.h").is_file()]
-    if not folders:
-        pytest.skip("ONNX Runtime's headers are not here: name their folder in ONNXRUNTIME_INCLUDE")
+    try:
+        include = ort_headers.headers()
+    except SetupError as error:
+        pytest.skip(f"ONNX Runtime's headers are not here: {error}")
     package = Path(import_module("onnxruntime").__file__ or "").parent
     libraries = [*package.glob("capi/libonnxruntime.so.*"), *package.glob("capi/libonnxruntime.*.dylib")]
     if not libraries:
@@ -175,7 +177,7 @@ def onnxruntime_sdk(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pat
     lib = tmp_path_factory.mktemp("lib")
     for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
         (lib / name).symlink_to(libraries[0])
-    return folders[0], lib
+    return include, lib
 
 
 @pytest.mark.parametrize("case", [case for case, (_, target, *_) in CASES.items() if target == "onnx"])
