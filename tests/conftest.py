@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import exported
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,14 @@ from torch import nn
 def network(request: pytest.FixtureRequest) -> nn.Module:
     """A small network of every family, in training form and eval mode."""
     return small(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_exports(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tells `exported` a folder that all workers of this test run have in common."""
+    base = tmp_path_factory.getbasetemp()
+    exported.shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exported"
+    exported.shared.mkdir(exist_ok=True)
 
 
 @pytest.fixture(scope="session")

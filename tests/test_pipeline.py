@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from deployments import Run, castling
 from edits import reseal
+from exported import copied, exported
 
 import castling_deploy
 from castling_deploy import bundled
@@ -190,8 +191,7 @@ def flip_middle(content: bytearray) -> None:
 
 
 def test_verify_names_what_was_changed_after_the_export(tmp_path: Path) -> None:
-    run = castling("export", "--target", "onnx", "--no-benchmark", "--output", tmp_path, "--json")
-    path = Path(artifact_of(run, "onnx")["path"])
+    path = copied(exported(bundled.DEFAULT, "onnx", "fp32"), tmp_path)
     edit(path / "model.onnx", flip_middle)
     (path / "surplus").write_text("x")
     again = castling("verify", path)
@@ -200,13 +200,11 @@ def test_verify_names_what_was_changed_after_the_export(tmp_path: Path) -> None:
 
 def test_verify_finds_a_wrong_model_whose_hashes_were_mended(tmp_path: Path) -> None:
     """Somebody exchanges the model and writes its hash into the manifest: the golden outputs still tell."""
-
-    first = castling("export", "--target", "onnx", "--no-benchmark", "--output", tmp_path / "a", "--json")
+    path = copied(exported(bundled.DEFAULT, "onnx", "fp32"), tmp_path / "a")
     network = castling_deploy.load()
     head = network.get_submodule("head.linear")
     head.bias.data = head.bias.data.roll(1)  # type: ignore[union-attr, operator]
     wrong = castling_deploy.export(network, target="onnx", output=tmp_path / "b")
-    path = Path(artifact_of(first, "onnx")["path"])
     assert wrong.path is not None
     (path / "model.onnx").write_bytes((wrong.path / "model.onnx").read_bytes())
     reseal(path)
