@@ -262,12 +262,13 @@ def official_checkpoint(path: Path) -> Path:
     return path
 
 
-def test_a_users_checkpoint_goes_through_every_target(tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", ["onnx,executorch", pytest.param("all", marks=pytest.mark.slow)])
+def test_a_users_checkpoint_goes_through_every_target(targets: str, tmp_path: Path) -> None:
     run = castling(
         "export",
         official_checkpoint(tmp_path / "best.pth"),
         "--target",
-        "all",
+        targets,
         "--precision",
         "fp32",
         "--no-benchmark",
