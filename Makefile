@@ -4,7 +4,7 @@ VENV ?= .venv
 TARGET ?= coreml
 EXTRAS ?= coreml,coreai,executorch,tensorrt-rtx,openvino,qnn,dev
 OUTPUT ?= castling-out
-PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
+PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 OPTIONS ?=
 
 .PHONY: export test test-slow witnesses lint models mutations install clean

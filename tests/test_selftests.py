@@ -101,12 +101,12 @@ def test_it_passes_with_the_number_and_leaves_the_folder_as_it_was(artefact: Pat
 
 def test_its_numbers_are_those_of_verify(artefact: Path, tmp_path: Path) -> None:
     _, lines = run(artefact, tmp_path)
-    seen = castling_deploy.verify(artefact)
+    (golden,) = castling_deploy.verify(artefact).golden
     said = dict(re.findall(r"(\w+): rel (\S+),", "\n".join(lines)))
-    for output in seen.golden.outputs:
+    for output in golden.outputs:
         if output.name in said and output.rel is not None:
             assert float(said[output.name]) == pytest.approx(output.rel, rel=0.01, abs=2e-7)
-    assert Verdict.FAIL not in {output.verdict for output in seen.golden.outputs}
+    assert Verdict.FAIL not in {output.verdict for output in golden.outputs}
 
 
 def test_it_fails_where_a_golden_image_was_exchanged(copy: Path, tmp_path: Path) -> None:
