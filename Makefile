@@ -4,15 +4,22 @@ VENV ?= .venv
 TARGET ?= coreml
 EXTRAS ?= coreml,coreai,executorch,tensorrt-rtx,openvino,qnn,dev
 OUTPUT ?= castling-out
-PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
+PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+OPTIONS ?=
 
-.PHONY: export test lint models mutations install clean
+.PHONY: export test test-slow witnesses lint models mutations install clean
 
 export: install  ## the main job: the bundled network to TARGET
 	$(VENV)/bin/castling-export --target $(TARGET) --output $(OUTPUT) --overwrite
 
 test: install
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q $(PARALLEL)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q $(PARALLEL) $(OPTIONS)
+
+test-slow: install  ## more of the same: combinations that `make test` leaves out
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q $(PARALLEL) -m slow $(OPTIONS)
+
+witnesses: install  ## what pip cannot install for the witnesses, into the user's cache: about 200 MB
+	$(VENV)/bin/castling setup arm64 web
 
 lint: install
 	$(VENV)/bin/ruff format --check .

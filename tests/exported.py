@@ -1,11 +1,10 @@
-"""Artefacts of the bundled networks, exported once in a process, and what a runner makes of their golden images."""
+"""Artefacts of the bundled networks, exported once in a test run, and what a runner makes of their golden images."""
 
 from __future__ import annotations
 
-import atexit
+import fcntl
 import multiprocessing
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
@@ -30,18 +29,28 @@ if TYPE_CHECKING:
 
 CLASSIFIER, DETECTOR = "castling-levit-digits", "castling-levit-digits-detector"
 MODEL = "model.onnx"
+shared = Path()  # what all workers of a test run see; conftest.py says where
 
 
 @cache
 def exported(model: str, target: str, precision: str, *, dynamic: bool = False, nms: bool = False) -> Folder:
-    """The folder of a fresh export, gone with the process."""
-    home = tempfile.mkdtemp(prefix="castling-tests-")
-    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    """The folder of an export that every test file and worker shares: copy it to change it."""
     options = {name: True for name, asked in {"dynamic": dynamic, "nms": nms}.items() if asked}
-    network = castling_deploy.load(model=model)
-    result = castling_deploy.export(network, target=target, precision=precision, output=home, **options)
-    assert result.path is not None
-    return read_folder(result.path)
+    home = shared.joinpath("-".join([model, target, precision, *options]))
+    with home.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not home.exists():  # an export that fails leaves none
+            made = home.with_suffix(".new")
+            network = castling_deploy.load(model=model)
+            castling_deploy.export(network, target=target, precision=precision, output=made, overwrite=True, **options)
+            made.rename(home)
+    (folder,) = home.iterdir()
+    return read_folder(folder)
+
+
+def copied(folder: Folder, into: Path) -> Path:
+    """A copy in the folder `into`, which may be changed, by the name that an export gives it."""
+    return Path(shutil.copytree(folder.path, into / folder.path.name))
 
 
 def damaged(folder: Folder, path: Path) -> Folder:

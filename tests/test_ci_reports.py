@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 from deployments import ENVIRONMENT, Run, castling
 from edits import reseal
+from exported import CLASSIFIER, copied, exported
 
 from castling_deploy import bundled
 from castling_deploy.checks import Check, Examined
@@ -22,9 +23,7 @@ from castling_deploy.parity import Verdict
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled network for ONNX."""
-    run = castling("export", "--target", "onnx", "--no-benchmark", "-o", tmp_path_factory.mktemp("ci"), "--json")
-    assert run.code == 0, run.err
-    return Path(run.document["artifacts"][0]["path"])
+    return copied(exported(CLASSIFIER, "onnx", "fp32"), tmp_path_factory.mktemp("ci"))
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,22 @@ from castling_deploy.models.attention import LinearAngularAttention
 from castling_deploy.models.deit import CastlingDeiT
 
 Files = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def small_export(tmp_path_factory: pytest.TempPathFactory, checkpoint_file: Files) -> Path:
+    """A small network for ONNX, exported once."""
+    output = tmp_path_factory.mktemp("small")
+    run = castling("export", checkpoint_file("deit"), "--target", "onnx", "--no-benchmark", "-o", output)
+    assert run.code == 0, run.err
+    (folder,) = output.iterdir()
+    return folder
+
+
+@pytest.fixture
+def folder(small_export: Path, tmp_path: Path) -> Path:
+    """A copy of it, under the same name."""
+    return Path(shutil.copytree(small_export, tmp_path / small_export.name))
 
 
 def is_two_lines(run: Run) -> bool:
@@ -159,20 +176,17 @@ def test_errors_are_one_json_document_too() -> None:
     assert run.code == 2 and run.document["error"]["exit_code"] == 2 and run.document["artifacts"] == []
 
 
-def test_a_bad_checkpoint_overwrites_nothing(tmp_path: Path, checkpoint_file: Files) -> None:
-    good = castling("export", checkpoint_file("deit"), "--target", "onnx", "--no-benchmark", "-o", tmp_path)
-    (folder,) = tmp_path.iterdir()
+def test_a_bad_checkpoint_overwrites_nothing(folder: Path, tmp_path: Path, checkpoint_file: Files) -> None:
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     bad = tmp_path / "deit.safetensors"
     bad.write_bytes(checkpoint_file("deit").read_bytes()[:-100])
     run = castling("export", bad, "--target", "onnx", "--overwrite", "-o", tmp_path)
-    assert good.code == 0 and run.code == 2 and "damaged" in run.err
+    assert run.code == 2 and "damaged" in run.err
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_an_existing_artefact_is_not_overwritten_unasked(tmp_path: Path, checkpoint_file: Files) -> None:
-    arguments = ["export", checkpoint_file("deit"), "--target", "onnx", "--no-benchmark", "-o", tmp_path]
-    assert castling(*arguments).code == 0
+def test_an_existing_artefact_is_not_overwritten_unasked(folder: Path, checkpoint_file: Files) -> None:
+    arguments = ["export", checkpoint_file("deit"), "--target", "onnx", "--no-benchmark", "-o", folder.parent]
     again = castling(*arguments)
     assert again.code == 2 and "exists already" in again.err and "--overwrite" in again.err
     assert castling(*arguments, "--overwrite").code == 0
@@ -248,12 +262,13 @@ def official_checkpoint(path: Path) -> Path:
     return path
 
 
-def test_a_users_checkpoint_goes_through_every_target(tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", ["onnx,executorch", pytest.param("all", marks=pytest.mark.slow)])
+def test_a_users_checkpoint_goes_through_every_target(targets: str, tmp_path: Path) -> None:
     run = castling(
         "export",
         official_checkpoint(tmp_path / "best.pth"),
         "--target",
-        "all",
+        targets,
         "--precision",
         "fp32",
         "--no-benchmark",
@@ -339,28 +354,19 @@ def test_doctor_tells_every_target_and_how_to_mend_it() -> None:
     )
 
 
-def test_bench_times_a_folder(tmp_path: Path, checkpoint_file: Files) -> None:
-    castling("export", checkpoint_file("deit"), "--target", "onnx", "--no-benchmark", "-o", tmp_path)
-    (folder,) = tmp_path.iterdir()
+def test_bench_times_a_folder(folder: Path) -> None:
     run = castling("bench", folder, "--json")
     assert run.code == 0 and run.document["latency"][0]["median_s"] > 0
 
 
-def exported(tmp_path: Path, checkpoint: Path) -> Path:
-    run = castling("export", checkpoint, "--target", "onnx", "--no-benchmark", "-o", tmp_path, "--json")
-    return Path(run.document["artifacts"][0]["path"])
-
-
-def test_verify_does_not_pass_what_failed_at_its_export(tmp_path: Path, checkpoint_file: Files) -> None:
-    folder = exported(tmp_path, checkpoint_file("deit"))
+def test_verify_does_not_pass_what_failed_at_its_export(folder: Path) -> None:
     reseal(folder, parity="fail")
     run = castling("verify", folder, "--json")
     assert run.code == 3 and "at its export" in run.err and is_two_lines(run)
     assert run.document["verdict"] == "fail", "one document, in a failure too"
 
 
-def test_verify_and_export_print_the_same_shapes(tmp_path: Path, checkpoint_file: Files) -> None:
-    folder = exported(tmp_path, checkpoint_file("deit"))
+def test_verify_and_export_print_the_same_shapes(folder: Path, checkpoint_file: Files) -> None:
     document = castling("verify", folder, "--checkpoint", checkpoint_file("deit"), "--json").document
     parity = json.loads((folder / "parity.json").read_text())
     assert document["parity"].keys() == parity.keys() and document["parity"]["verdict"] == document["verdict"] == "pass"
@@ -370,19 +376,15 @@ def test_verify_and_export_print_the_same_shapes(tmp_path: Path, checkpoint_file
 @pytest.mark.parametrize(
     "manifest", [{"target": 5}, {"precision": "fp8"}, {"precision": "int8"}, {"inputs": 3}, {"noise_rel": None}]
 )
-def test_a_damaged_manifest_is_a_clear_error(
-    manifest: dict[str, object], tmp_path: Path, checkpoint_file: Files
-) -> None:
-    folder = exported(tmp_path, checkpoint_file("deit"))
+def test_a_damaged_manifest_is_a_clear_error(manifest: dict[str, object], folder: Path) -> None:
     reseal(folder, **manifest)
     run = castling("verify", folder)
     assert run.code == 2 and is_two_lines(run)
 
 
 def test_an_artefact_behind_a_symlink_is_replaced_without_touching_what_it_points_to(
-    tmp_path: Path, checkpoint_file: Files
+    folder: Path, tmp_path: Path, checkpoint_file: Files
 ) -> None:
-    folder = exported(tmp_path, checkpoint_file("deit"))
     elsewhere = tmp_path / "elsewhere"
     folder.rename(elsewhere)
     folder.symlink_to(elsewhere)

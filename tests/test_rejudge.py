@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from deployments import castling
+from exported import CLASSIFIER, exported
 
 from castling_deploy.errors import UsageError
 from castling_deploy.parity import TOLERANCES, Array, Reference, Tolerance, Verdict, compare
@@ -21,11 +22,9 @@ Written = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def parity_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def parity_json() -> Path:
     """That of the bundled network for ONNX."""
-    run = castling("export", "--target", "onnx", "--no-benchmark", "-o", tmp_path_factory.mktemp("saved"), "--json")
-    assert run.code == 0, run.err
-    return Path(run.document["artifacts"][0]["path"]) / "parity.json"
+    return exported(CLASSIFIER, "onnx", "fp32").path / "parity.json"
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import ort_headers
 import pytest
 from detectors import detector
 from networks import small
@@ -21,6 +22,7 @@ from torch import nn
 
 import castling_deploy
 from castling_deploy.artifact import read_folder
+from castling_deploy.errors import SetupError
 from castling_deploy.parity import TOLERANCES, Reference, Verdict
 from castling_deploy.selftests.facts import Facts, GoldenOutput, golden_output
 from castling_deploy.selftests.languages import LANGUAGES
@@ -39,7 +41,6 @@ CASES = {
     "coreai": ("deit", "coreai", "fp32", {}),
     "coreai-fp16": ("deit", "coreai", "fp16", {"batch_size": 2}),
 }
-HEADERS = [os.environ.get("ONNXRUNTIME_INCLUDE", ""), "/usr/include/onnxruntime", "/usr/local/include/onnxruntime"]
 
 
 def network(name: str, seed: int) -> nn.Module:
@@ -102,12 +103,12 @@ def test_it_passes_with_the_number_and_leaves_the_folder_as_it_was(artefact: Pat
 
 def test_its_numbers_are_those_of_verify(artefact: Path, tmp_path: Path) -> None:
     _, lines = run(artefact, tmp_path)
-    seen = castling_deploy.verify(artefact)
+    golden = castling_deploy.verify(artefact).golden[0]
     said = dict(re.findall(r"(\w+): rel (\S+),", "\n".join(lines)))
-    for output in seen.golden[0].outputs:
+    for output in golden.outputs:
         if output.name in said and output.rel is not None:
             assert float(said[output.name]) == pytest.approx(output.rel, rel=0.01, abs=2e-7)
-    assert Verdict.FAIL not in {output.verdict for output in seen.golden[0].outputs}
+    assert Verdict.FAIL not in {output.verdict for output in golden.outputs}
 
 
 def test_it_fails_where_a_golden_image_was_exchanged(copy: Path, tmp_path: Path) -> None:
@@ -165,12 +166,13 @@ def test_without_its_platform_it_says_so_and_does_not_pass(input: str, tmp_path:
 
 @pytest.fixture(scope="module")
 def onnxruntime_sdk(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Headers, from ONNXRUNTIME_INCLUDE or Debian's libonnxruntime-dev, and the library of the Python package."""
+    """Headers, and the library of the Python package."""
     if shutil.which("g++") is None:
         pytest.skip("there is no g++ here")
-    folders = [Path(folder) for folder in HEADERS if folder and Path(folder, "onnxruntime_cxx_api.h").is_file()]
-    if not folders:
-        pytest.skip("ONNX Runtime's headers are not here: name their folder in ONNXRUNTIME_INCLUDE")
+    try:
+        include = ort_headers.headers()
+    except SetupError as error:
+        pytest.skip(f"ONNX Runtime's headers are not here: {error}")
     package = Path(import_module("onnxruntime").__file__ or "").parent
     libraries = [*package.glob("capi/libonnxruntime.so.*"), *package.glob("capi/libonnxruntime.*.dylib")]
     if not libraries:
@@ -178,7 +180,7 @@ def onnxruntime_sdk(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pat
     lib = tmp_path_factory.mktemp("lib")
     for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
         (lib / name).symlink_to(libraries[0])
-    return folders[0], lib
+    return include, lib
 
 
 @pytest.mark.parametrize("case", [case for case, (_, target, *_) in CASES.items() if target == "onnx"])

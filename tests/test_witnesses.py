@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from exported import CLASSIFIER, exported
 
-import castling_deploy
 from castling_deploy import runner
 from castling_deploy.checks import examine
 from castling_deploy.errors import TargetUnavailableError, UsageError
@@ -19,11 +19,8 @@ FRAIL = ("crashing", "hanging", "lying", "missing")
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("artifact")
-    result = castling_deploy.export(castling_deploy.load(), target="onnx", output=output)
-    assert result.path is not None
-    return result.path
+def artifact() -> Path:
+    return exported(CLASSIFIER, "onnx", "fp32").path
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from castling_deploy.errors import SetupError
 
-SUITE = "bookworm"
+SUITES = ("bookworm", "bookworm-backports")
 MIRROR = "http://deb.debian.org/debian/"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 TOOLS = ("apt-get", "dpkg", "dpkg-deb")
@@ -47,10 +47,11 @@ Dir::State::status "{home}/status";
 class DebianPackages:
     """Packages of Debian 12 and its backports for this machine and for `guest`, by way of the empty folder `home`.
 
-    Raises SetupError where the machine has no apt, does not know Debian's keys, or does not reach the mirror.
+    `suites`: those of another release. Raises SetupError where the machine has no apt, does not know Debian's keys, or
+    does not reach the mirror.
     """
 
-    def __init__(self, home: Path, guest: str) -> None:
+    def __init__(self, home: Path, guest: str | None = None, suites: Sequence[str] = SUITES) -> None:
         absent = [tool for tool in TOOLS if shutil.which(tool) is None]
         if absent:
             raise SetupError(
@@ -63,16 +64,14 @@ class DebianPackages:
                 hint="sudo apt-get install debian-archive-keyring",
             )
         self.host = _output("dpkg", "--print-architecture").strip()
-        self._home, self._configuration = home, home / "apt.conf"
+        self._home, self._configuration, self._suites = home, home / "apt.conf", suites
         for folder in ("cache/archives/partial", "state/lists/partial"):
             (home / folder).mkdir(parents=True)
         (home / "status").touch()
-        self._configuration.write_text(CONFIGURATION.format(host=self.host, guest=guest, home=home))
+        self._configuration.write_text(CONFIGURATION.format(host=self.host, guest=guest or self.host, home=home))
         self._mirror = mirror()
         (home / "sources.list").write_text(
-            "".join(
-                f"deb [signed-by={KEYRING}] {self._mirror} {suite} main\n" for suite in (SUITE, f"{SUITE}-backports")
-            )
+            "".join(f"deb [signed-by={KEYRING}] {self._mirror} {suite} main\n" for suite in suites)
         )
         self._apt("update")
 
@@ -108,7 +107,7 @@ class DebianPackages:
         if process.returncode:
             words = "\n".join(err.read_text(errors="replace").splitlines()[-8:])
             raise SetupError(
-                f"apt-get {verb} failed with {self._mirror} ({SUITE})",
+                f"apt-get {verb} failed with {self._mirror} ({self._suites[0]})",
                 hint=f"see that this machine reaches it, or set apt's proxy; apt's last words:\n{words}",
             )
         return out.read_text(errors="replace")
