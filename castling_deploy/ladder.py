@@ -33,7 +33,7 @@ class Ladder:
     """A trained network, its cast and its fold, with their outputs on `probes`.
 
     `references` are what every artefact is compared with, output by output: the cast network's, before folding. `exact`
-    are the same in float64, on `few` of the probes.
+    are those of the folded network, float32 weights in float64 arithmetic, on `few` of the probes.
     """
 
     task: Task
@@ -126,6 +126,7 @@ def climb(
         noise = Reference(outputs[name], probes.real, noise=0.0).rel(rounded[name], exact[name])
         references[name] = Reference(outputs[name], probes.real, noise or 0.0)
     exact_folded = run(fold(exact_castled), names, few.tensors.astype(np.float64))
+    handed = run(copied(folded).double(), names, few.tensors.astype(np.float64))
     advance(1.0)
     noiseless = {name: Reference(exact[name], few.real, noise=0.0) for name in names}
     return Ladder(
@@ -136,7 +137,7 @@ def climb(
         trained_outputs,
         references,
         few,
-        {name: Reference(exact[name], few.real, references[name].noise) for name in names},
+        {name: Reference(handed[name], few.real, references[name].noise) for name in names},
         layers,
         tuple(steps),
         exact_rung("fold", noiseless, exact_folded, FOLD_TOLERANCE),

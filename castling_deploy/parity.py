@@ -57,9 +57,8 @@ TOLERANCES: Mapping[Precision, Tolerance] = {
     Precision.FP32: Tolerance(1e-4, float(np.finfo(np.float32).eps)),
     Precision.FP16: Tolerance(2e-2, float(np.finfo(np.float16).eps)),
 }
-# A lowered graph is exact but for its folded weights and constants (1/C, 2**-0.5), which are float32: 3e-8 on the
-# bundled segmenter, 1.5e-6 on a random LeViT. The limit is a tenth of what float32 arithmetic may do; a network that
-# multiplies its own rounding is judged by that.
+# A lowered graph is exact but for its constants (1/C, 2**-0.5), which are float32: 3e-8 on the bundled segmenter. The
+# limit is a tenth of what float32 arithmetic may do.
 LOWERED_TOLERANCE = Tolerance(1e-5, float(np.finfo(np.float32).eps))
 
 
