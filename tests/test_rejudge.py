@@ -53,7 +53,7 @@ def test_a_real_exports_numbers_are_judged_by_another_limit(
     assert document["verdict"] == verdict and document["saved"] == "pass" and document["limit"] == float(limit)
     (output,) = document["witnesses"][0]["outputs"]
     assert output["verdict"] == verdict and output["saved"] == "pass" and output["power"] is None
-    assert [rung["limit"] for rung in document["rungs"]] == [None, 1e-9, float(limit)]
+    assert [rung["limit"] for rung in document["rungs"]] == [None, 1e-9, 1e-5, float(limit)]
     assert "nothing was run" in run.err
 
 
