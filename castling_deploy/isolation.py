@@ -34,6 +34,7 @@ from castling_deploy.quiet import tail
 
 T = TypeVar("T")
 POLL_S = 0.1
+IN_PROCESS = "CASTLING_IN_PROCESS"  # set, jobs run in the caller's process: for debuggers, and without any limit
 ALIGNMENT = 64  # bytes, of every array in a job's file
 START = "import sys; sys.path[:0] = {path!r}; from castling_deploy.isolation import serve; serve({descriptor})"
 
@@ -63,7 +64,9 @@ class Worker:
         self._limits = limits or Limits()
         self._folder = tempfile.TemporaryDirectory(prefix="castling-")
         self._process: subprocess.Popen[bytes] | None = None
-        self._start()
+        self._in_process = bool(os.environ.get(IN_PROCESS))
+        if not self._in_process:
+            self._start()
 
     def _start(self) -> None:
         self._log = open(Path(self._folder.name) / "log", "w+b")  # noqa: SIM115  # closed in _stop
@@ -86,6 +89,8 @@ class Worker:
         `function` and the arguments are pickled. Raises CrashError for a crash, a time-out or too much memory, and
         whatever error of this project the function raises.
         """
+        if self._in_process:
+            return here(subject, function, *arguments, advance=advance)
         if self._process is None:
             self._start()
         job = Path(self._folder.name) / "job"

@@ -22,6 +22,9 @@ from no_skips import pytest_runtest_makereport as pytest_runtest_makereport
 from torch import nn
 
 from castling_deploy import bundled
+from castling_deploy.isolation import IN_PROCESS
+
+os.environ[IN_PROCESS] = "1"  # see deployments.ENVIRONMENT; the tests of isolation and of frail witnesses take it away
 
 # The longest first, or a worker ends with one of them alone; the others follow as they are found.
 LONGEST = ("test_every_network.py", "test_pipeline.py", "test_cli.py", "test_selftests.py", "test_gate.py")

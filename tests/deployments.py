@@ -10,8 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from castling_deploy.isolation import IN_PROCESS
+
 # x86 kernels are chosen by what the machine offers; one thread keeps runs alike and the tests' machine usable.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# Toolchains run in the process of the command: two more interpreters for every export double the time of the tests.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", IN_PROCESS: "1"}
+ISOLATED = {name: value for name, value in ENVIRONMENT.items() if name != IN_PROCESS}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from deployments import ENVIRONMENT, Run, castling
+from deployments import ENVIRONMENT, ISOLATED, Run, castling
 from edits import reseal
 from networks import SMALL_DEIT, small
 
@@ -230,7 +230,7 @@ def test_an_interrupted_run_leaves_nothing_behind(how: signal.Signals, tmp_path:
             str(tmp_path),
         ],
         stderr=subprocess.PIPE,
-        env=ENVIRONMENT,
+        env=ISOLATED,
         # tests that run in a shell's background are born with SIGINT ignored, and so would be this process
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )

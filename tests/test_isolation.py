@@ -16,7 +16,7 @@ import pytest
 from torch import nn
 
 from castling_deploy.errors import CrashError, ParityError
-from castling_deploy.isolation import Limits, Worker
+from castling_deploy.isolation import IN_PROCESS, Limits, Worker
 
 
 def doubled(values: npt.NDArray[np.float32], advance: Callable[[float], None]) -> dict[str, npt.NDArray[np.float32]]:
@@ -61,8 +61,15 @@ def eat() -> None:
         time.sleep(0.05)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def isolated() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(IN_PROCESS, raising=False)
+        yield
+
+
 @pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
+def worker(isolated: None) -> Iterator[Worker]:
     with Worker() as worker:
         yield worker
 

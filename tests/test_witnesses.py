@@ -10,7 +10,7 @@ from exported import CLASSIFIER, exported
 from castling_deploy import runner
 from castling_deploy.checks import examine
 from castling_deploy.errors import TargetUnavailableError, UsageError
-from castling_deploy.isolation import Limits
+from castling_deploy.isolation import IN_PROCESS, Limits
 from castling_deploy.parity import Verdict
 from castling_deploy.progress import Silent
 from castling_deploy.recheck import verify
@@ -25,6 +25,7 @@ def artifact() -> Path:
 
 @pytest.fixture(autouse=True)
 def frail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(IN_PROCESS, raising=False)
     monkeypatch.setattr(runner, "RUNNERS", tuple(f"frail_runners:{name}" for name in FRAIL))
 
 

@@ -363,7 +363,9 @@ def test_nothing_is_printed_by_a_quiet_export(tmp_path: Path) -> None:
 def test_witness_is_the_runtime() -> None:
     assert TARGET.missing() is None and TARGET.unfinished() is None
     if sys.platform == "linux":
-        assert TARGET.witness() == Witness("coreai-core 1.0.0b3 (CPU interpreter, Linux)", WitnessKind.RUNTIME)
+        assert TARGET.witness() == Witness(
+            "coreai-core 1.0.0b3 (CPU interpreter, Linux)", WitnessKind.RUNTIME, interpreted=True
+        )
         assert TARGET.images == {Precision.FP16: 12}
 
 

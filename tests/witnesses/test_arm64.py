@@ -23,7 +23,7 @@ from castling_deploy.errors import ExportError, SetupError, TargetUnavailableErr
 from castling_deploy.execution import inputs_for, run_artifact
 from castling_deploy.parity import TOLERANCES, OutputParity, Reference, Verdict
 from castling_deploy.probes import Probes
-from castling_deploy.runner import Runner, needs_setup, runner_named
+from castling_deploy.runner import Runner, SetUp, runners_of
 from castling_deploy.target import WitnessKind, target_named
 from castling_deploy.task import Outputs, task_named
 from castling_deploy.verification import compared, opened
@@ -36,6 +36,10 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("apt-get") is None, reason="apt-get, which fetches Debian's packages, is not here"),
 ]
 Exported = Callable[[str, str], Path]
+
+
+def arm64(target: str) -> Runner:
+    return runners_of(target_named(target))["arm64"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,7 +67,7 @@ def inputs_of(path: Path) -> np.ndarray:
 
 def on_arm(path: Path, inputs: np.ndarray) -> Outputs:
     folder = read_folder(path)
-    return runner_named(folder.target, "arm64").run(path, folder.artifact, inputs, lambda share: None)
+    return arm64(folder.target).run(path, folder.artifact, inputs, lambda share: None)
 
 
 def here(path: Path, inputs: np.ndarray) -> Outputs:
@@ -104,7 +108,7 @@ def test_float16_is_added_up_in_float16_there(exported: Exported) -> None:
 def test_progress_reaches_one_and_no_process_is_left(exported: Exported) -> None:
     path, shares = exported("onnx", "fp32"), list[float]()
     folder = read_folder(path)
-    runner_named("onnx", "arm64").run(path, folder.artifact, inputs_of(path)[:3], shares.append)
+    arm64("onnx").run(path, folder.artifact, inputs_of(path)[:3], shares.append)
     assert shares == sorted(shares) and shares[-1] == 1.0
     assert [child for child in psutil.Process().children(recursive=True) if "qemu" in child.name()] == []
 
@@ -131,8 +135,8 @@ def test_an_input_of_another_shape_is_an_error(exported: Exported, target: str) 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_it_says_what_it_emulates(target: str) -> None:
-    runner = runner_named(target, "arm64")
-    assert runner.missing() is None and needs_setup(runner)
+    runner = arm64(target)
+    assert runner.missing() is None and isinstance(runner, SetUp)
     witness = runner.witness()
     assert witness.kind is WitnessKind.EMULATED
     assert "aarch64 (qemu " in witness.name and witness.name.endswith(", cortex-a76)")
@@ -145,7 +149,7 @@ def test_a_set_up_for_other_versions_is_not_used(
     path = exported(target, "fp32")
     inputs, stamp = inputs_of(path), cache_folder("arm64") / "stamp.json"
     monkeypatch.setenv("CASTLING_CACHE", str(tmp_path))
-    runner: Runner = runner_named(target, "arm64")
+    runner: Runner = arm64(target)
     lacking = runner.missing()
     assert lacking is not None and lacking.fix == "castling setup arm64"
     (tmp_path / "arm64").mkdir()
@@ -160,7 +164,7 @@ def test_a_set_up_for_other_versions_is_not_used(
 
 def test_what_is_set_up_is_not_set_up_again() -> None:
     before, shares = cache_folder("arm64").stat().st_ino, list[float]()
-    runner_named("onnx", "arm64").set_up(shares.append)  # type: ignore[attr-defined]
+    arm64("onnx").set_up(shares.append)  # type: ignore[attr-defined]
     assert cache_folder("arm64").stat().st_ino == before and shares == [1.0]
 
 
