@@ -31,7 +31,8 @@ from castling_deploy.selftests.texts import texts
 from castling_deploy.target import Artifact, Network, Precision, Target, TensorSpec
 
 SEAL = "manifest_sha256"  # the manifest's key for the hash of all its others
-GOLDEN_IMAGES = 8
+GOLDEN_IMAGES = 8  # real ones
+GOLDEN_STRUCTURED = 4
 GOLDEN_BYTES = 2**26  # of their outputs
 LEAST_GOLDEN = 2  # images: without two there is no spread to measure an error against
 
@@ -85,7 +86,7 @@ def describe(
     latency: LatencyReport | None,
 ) -> None:
     """Write everything beside the model into `folder`; the manifest, which holds every file's hash, last."""
-    golden = _write_golden(folder, card, ladder, precision)
+    real, golden = _write_golden(folder, card, ladder, precision)
     facts = facts_of(artifact, card.preprocessing, golden)
     (folder / "selftest").mkdir()
     for name, text in texts(target.selftests, facts).items():
@@ -110,7 +111,7 @@ def describe(
                 "outputs": artifact.outputs,
                 "preprocessing": card.preprocessing,
                 "preprocessing_steps": contract.steps(card.preprocessing, artifact.inputs[0]),
-                "golden": golden_document(golden),
+                "golden": golden_document(golden, real),
                 "labels": card.labels,
                 "loads_with": artifact.loads_with,
                 "details": artifact.details,
@@ -130,19 +131,29 @@ def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {**document, SEAL: hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _write_golden(folder: Path, card: ModelCard, ladder: Ladder, precision: Precision) -> tuple[GoldenOutput, ...]:
-    """Real images and what the reference says of them into golden/; how an error on them is judged."""
+def _write_golden(
+    folder: Path, card: ModelCard, ladder: Ladder, precision: Precision
+) -> tuple[int, tuple[GoldenOutput, ...]]:
+    """Images and what the reference says of them into golden/; how an error on them is judged.
+
+    Real ones first (it returns how many), then some of the flat, saturated and striped ones: a wrong epsilon or clamp
+    shows on these alone.
+    """
     golden = folder / "golden"
     golden.mkdir()
     affordable = GOLDEN_BYTES // (4 * card.output_values)
     count = min(ladder.probes.real, max(LEAST_GOLDEN, min(GOLDEN_IMAGES, affordable)))
-    np.save(golden / "images.npy", ladder.probes.images[:count])
+    probes = ladder.probes
+    structured = range(probes.real, len(probes.images))
+    few = list(structured)[:: max(1, len(structured) // GOLDEN_STRUCTURED)][:GOLDEN_STRUCTURED]
+    rows = [*range(count), *(few if affordable >= GOLDEN_IMAGES + len(few) else [])]
+    np.save(golden / "images.npy", probes.images[rows])
     judged = []
     for name, reference in ladder.references.items():
-        few = Reference(reference.outputs[:count], count, reference.noise)
-        np.save(golden / f"{name}.npy", few.outputs)
-        judged.append(golden_output(few, name, TOLERANCES[precision]))
-    return tuple(judged)
+        kept = Reference(reference.outputs[rows], count, reference.noise)
+        np.save(golden / f"{name}.npy", kept.outputs)
+        judged.append(golden_output(kept, name, TOLERANCES[precision]))
+    return count, tuple(judged)
 
 
 def _readme(card: ModelCard, target: Target, precision: Precision, artifact: Artifact, parity: ParityReport) -> str:
@@ -218,6 +229,11 @@ class Folder:
     checkpoint_sha256: str | None
     files: Mapping[str, str]
 
+    @property
+    def golden_real(self) -> int:
+        """How many of the golden images are real ones, by which the spread is measured."""
+        return int(self.manifest["golden"]["real"])
+
     def changed(self) -> tuple[str, ...]:
         """Files that are missing, were changed after the export, or were added to the model."""
         found = {path.as_posix() for path in files_in(self.path)} - {MANIFEST}
@@ -257,6 +273,8 @@ def read_folder(path: Path) -> Folder:
         precision = Precision(manifest["precision"])
         if precision not in TOLERANCES:
             raise ValueError(f"nothing is built in {precision}")
+        if not manifest["noise_rel"] or not artifact.files:
+            raise ValueError("it names no output, or no file of the model")
         preprocessing: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in manifest["preprocessing"].items()
         }

@@ -51,6 +51,7 @@ class Examined:
     recheck: Recheck | None = None
     error: CastlingError | None = None
     localisation: Localisation | None = None
+    not_localised: CastlingError | None = None
 
     @property
     def verdict(self) -> Verdict | None:
@@ -98,7 +99,7 @@ def examine(
     try:
         return replace(seen, localisation=find_fault(path, checkpoint, progress, limits or Limits()))
     except CastlingError as error:
-        return replace(seen, error=seen.error or error)
+        return replace(seen, not_localised=error)
 
 
 def _checks(seen: Recheck) -> Iterator[Check]:

@@ -10,10 +10,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from castling_deploy import contract
 from castling_deploy.artifact import Folder
 from castling_deploy.isolation import Limits, isolated
 from castling_deploy.plain import plain
 from castling_deploy.quiet import toolchain
+from castling_deploy.saved import PARITY, read_parity, unfounded
 from castling_deploy.target import Attestation, Missing, Target
 
 
@@ -32,12 +34,25 @@ def examined(target: Target, folder: Folder, limits: Limits) -> Claims:
     if missing is not None:
         return Claims(None, missing=missing)
     found = isolated(f"{target.name}: read back what was built", _attest, target, folder, limits=limits)
-    return Claims(found, (*found.problems, *_contradictions(folder.manifest, found.facts)))
+    wrong = (*found.problems, *_contradictions(folder.manifest, found.facts), *_inconsistencies(folder))
+    return Claims(found, wrong)
 
 
 def _attest(target: Target, folder: Folder) -> Attestation:
     with toolchain(f"{target.name}: the artefact cannot be read"):
         return target.attest(folder.path, folder.artifact, folder.precision)
+
+
+def _inconsistencies(folder: Folder) -> Iterator[str]:
+    """What the manifest says twice, and not alike."""
+    manifest, (spec,) = folder.manifest, folder.artifact.inputs
+    if manifest["preprocessing_steps"] != plain(contract.steps(folder.preprocessing, spec)):
+        yield "the manifest's preprocessing_steps are not those of its preprocessing"
+    for name in folder.artifact.files:
+        if not any(file == name or file.startswith(f"{name}/") for file in folder.files):
+            yield f"the manifest's model_files name {name}, which is none of its files"
+    saved = read_parity(folder.path / PARITY).report
+    yield from (f"parity.json: {reason}" for reason in unfounded(saved, folder.precision))
 
 
 def _contradictions(manifest: Mapping[str, Any], facts: Mapping[str, str]) -> Iterator[str]:

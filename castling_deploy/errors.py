@@ -83,6 +83,8 @@ class CrashError(ExportError):
     def __init__(self, message: str, *, hint: str | None = None, how: str = "crash") -> None:
         super().__init__(message, hint=hint)
         self.how = how
+        if how in ("timeout", "memory"):  # the user's own limits: not done here, and nobody's fault
+            self.exit_code = TargetUnavailableError.exit_code  # type: ignore[misc]
 
 
 def _restored(kind: type[CastlingError], arguments: tuple[Any, ...], members: dict[str, Any]) -> CastlingError:

@@ -8,7 +8,7 @@ from castling_deploy.diagnosis import Cause
 from castling_deploy.localise import Finding, Localisation, Seen
 
 ADVICE = {
-    Cause.OVERFLOW: "export without --no-islands, or with --precision fp32; or train this layer to smaller numbers",
+    Cause.OVERFLOW: "export with --precision fp32; --islands keeps such layers in it, unless that is the whole network",
     Cause.CANCELLATION: "export with --precision fp32, which rounds these terms 8000 times finer",
     Cause.ROUNDING: "no one module is to blame: export with --precision fp32, or accept a wider limit",
     Cause.QUANTISATION: "calibrate with images that reach the whole range, or keep this layer in float",

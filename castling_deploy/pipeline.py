@@ -106,7 +106,7 @@ def produce(request: Request, step: Step, card: ModelCard, ladder: Ladder, progr
             with progress.stage(f"{name}: export {step.precision}"):
                 audit = ladder.range_audit if request.islands and step.precision is Precision.FP16 else None
                 network = written.network_for(card, ladder.folded, request.batch_size, audit)
-                artifact = maker.call(f"{name}: export", exported, step, network, folder)
+                artifact = maker.call("export", exported, step, network, folder)
                 lowered = lowered_rung(step.target, network, step.options, ladder, maker.call)
             with progress.stage(f"{name}: verify") as advance:
                 parity = verify_artifact(

@@ -88,7 +88,8 @@ def verify(
     images, golden_outputs = _golden(folder)
     inputs = inputs_for(folder.artifact.inputs[0], Probes.of(images, folder.preprocessing))
     references = {
-        name: Reference(values, real=len(values), noise=folder.noise[name]) for name, values in golden_outputs.items()
+        name: Reference(values, min(folder.golden_real, len(values)), noise=folder.noise[name])
+        for name, values in golden_outputs.items()
     }
     task, size = task_named(folder.task), folder.preprocessing.size
 
@@ -178,8 +179,13 @@ def _golden(folder: Folder) -> tuple[npt.NDArray[np.uint8], dict[str, Array]]:
     golden = folder.path / "golden"
     try:
         images = np.load(golden / "images.npy", allow_pickle=False)
-        return images, {name: np.load(golden / f"{name}.npy", allow_pickle=False) for name in folder.noise}
+        outputs = {name: np.load(golden / f"{name}.npy", allow_pickle=False) for name in folder.noise}
+        for name, values in outputs.items():
+            if len(values) != len(images) or not np.isfinite(values).all():
+                raise ValueError(f"{name}.npy holds no finite output for every image")
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"the golden images of '{folder.path}' cannot be read: {error}", hint="export the artefact again"
+            f"the golden images of '{folder.path}' cannot be read: {str(error).partition('.  If you')[0]}",
+            hint="export the artefact again",
         ) from None
+    return images, outputs

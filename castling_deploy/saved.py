@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from castling_deploy.errors import UsageError
-from castling_deploy.parity import OutputParity, ParityReport, Rung, Verdict, WitnessReport
+from castling_deploy.parity import (
+    EXPORTED,
+    MIN_POWER,
+    TOLERANCES,
+    OutputParity,
+    ParityReport,
+    Rung,
+    Verdict,
+    WitnessReport,
+)
 from castling_deploy.target import Precision, Witness, WitnessKind
 
 PARITY = "parity.json"
@@ -44,6 +53,26 @@ class SavedLatency:
     threads: int
     batch: int
     host: Mapping[str, str]
+
+
+def unfounded(report: ParityReport, precision: Precision) -> Iterator[str]:
+    """Claims of a saved report that its own numbers do not bear out."""
+    if report.precision is not precision:
+        yield f"it is about {report.precision}, and the manifest about {precision}"
+    lacking = {"cast", "fold", EXPORTED} - {rung.name for rung in report.rungs}
+    if lacking or not report.witnesses or not report.probes:
+        yield f"it is incomplete: {', '.join(sorted(lacking)) or 'nothing'} was judged by nobody"
+    for rung in report.rungs:
+        if rung.verdict is Verdict.PASS and rung.limit is not None and not (rung.rel or 0.0) <= rung.limit:
+            yield f"{rung.name} is called a pass, {rung.rel:.1e} with a limit of {rung.limit:.0e}"
+    for seen in report.witnesses:
+        for output in seen.outputs:
+            own = output.widest_limit is not None  # judged by the limit on rel, and not in a unit of its own
+            widest = max(tolerance.limit for tolerance in TOLERANCES.values())
+            if output.verdict is Verdict.PASS and own and not (output.rel or 0.0) <= widest:
+                yield f"{output.name} by {seen.witness.name} is called a pass, with an error of {output.rel:.1e}"
+            if output.verdict is Verdict.PASS and output.power < MIN_POWER:
+                yield f"{output.name} by {seen.witness.name} is called a pass, with a power of {output.power:.2f}"
 
 
 def read_parity(path: Path) -> SavedParity:

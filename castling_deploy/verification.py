@@ -96,7 +96,7 @@ def witness_rung(name: str, witnesses: Sequence[WitnessReport], tolerance: Toler
 
 def lowered_rung(target: Target, network: Network, options: Any, ladder: Ladder, call: Call = here) -> Rung:
     """What the target's rewrites change: nothing but the rounding of constants. Raises ExportError."""
-    outputs = call(f"{target.name}: lower", _run_lowered, target, network, options, ladder.few.tensors)
+    outputs = call("lower", _run_lowered, target, network, options, ladder.few.tensors)
     return exact_rung(LOWERED, ladder.exact, outputs, LOWERED_TOLERANCE)
 
 
@@ -225,7 +225,7 @@ def measure(
     batch = spec.shape[0] if spec.shape[0] > 0 else 1
     feed = repeated(inputs_for(spec, ladder.probes), batch)
     tensors = repeated(ladder.probes.tensors, batch)
-    return call(f"{target.name}: measure", _measure, target, spec, folder, feed, ladder.folded, tensors, threads)
+    return call("measure", _measure, target, spec, folder, feed, ladder.folded, tensors, threads)
 
 
 def _measure(

@@ -76,6 +76,8 @@ def verify(
         print_examined(seen, progress.console)
         if seen.localisation is not None:
             print_localised(seen.localisation, progress.console)
+        if seen.not_localised is not None:
+            progress.console.print(f"not localised: {seen.not_localised}", style="yellow", soft_wrap=True)
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     write_reports(examined, junit, sarif, Path(summary) if summary else None)
     if len(examined) == 1 and examined[0].error is not None:

@@ -46,8 +46,9 @@ class Facts:
 def golden_output(reference: Reference, name: str, tolerance: Tolerance) -> GoldenOutput:
     """`reference` holds the golden images' outputs alone, as in `castling verify`."""
     rows = reference.outputs.astype(np.float64).reshape(len(reference.outputs), -1)
+    real = rows[: reference.real]
     spreads = [
-        max(reference.spread, float(np.median([distance(row, other) for other in rows]))) if reference.spread else 0.0
+        max(reference.spread, float(np.median([distance(row, other) for other in real]))) if reference.spread else 0.0
         for row in rows
     ]
     limit = max(tolerance.limit, CLEARLY_WRONG * reference.noise_rel(tolerance))
@@ -70,10 +71,11 @@ def facts_of(artifact: Artifact, preprocessing: Preprocessing, golden: tuple[Gol
     )
 
 
-def golden_document(golden: tuple[GoldenOutput, ...]) -> dict[str, Any]:
-    """For the manifest: which files hold what, and how an error is judged."""
+def golden_document(golden: tuple[GoldenOutput, ...], real: int) -> dict[str, Any]:
+    """For the manifest: which files hold what, and how an error is judged. The first `real` images are real ones."""
     return {
         "images": "golden/images.npy",
+        "real": real,
         "rule": "rel of an output = the largest |artefact - golden| of an image / its spread, the worst of all images",
         "outputs": [
             {"name": each.name, "file": f"golden/{each.file}", "spreads": each.spreads, "limit": each.limit}
