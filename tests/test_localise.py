@@ -90,6 +90,7 @@ class Planting:
 
     name = "onnx"
     extra = ""
+    runtime = OnnxTarget.runtime
     precisions = OnnxTarget.precisions
     options: type[Any] = OnnxOptions
 

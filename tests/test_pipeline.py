@@ -20,7 +20,7 @@ from exported import copied, exported
 
 import castling_deploy
 from castling_deploy import bundled
-from castling_deploy.artifact import read_folder
+from castling_deploy.artifact import SEAL, read_folder
 from castling_deploy.target import TARGETS
 
 
@@ -40,7 +40,7 @@ def test_latency_is_measured_where_a_vendors_runtime_ran_and_null_elsewhere(
 ) -> None:
     for artifact in deployed(bundled.DEFAULT, "fp32").document["artifacts"]:
         kinds = {witness["kind"] for witness in artifact["parity"]["witnesses"]}
-        if kinds & {"runtime", "device"}:
+        if kinds & {"runtime", "device"} and artifact["target"] != "coreai":  # an interpreter on Linux
             latency = artifact["latency"]
             assert 0 < latency["artifact"]["min_s"] <= latency["artifact"]["median_s"] <= latency["artifact"]["p95_s"]
             assert len(latency["artifact"]["times_s"]) == len(latency["pytorch_eager"]["times_s"]) >= 10
@@ -95,7 +95,8 @@ def test_two_runs_in_two_processes_give_the_same_bytes(deployed: Deployed, tmp_p
         one, two = (read_folder(Path(artifact_of(run, target)["path"])) for run in (first, second))
         same = {name: digest for name, digest in one.files.items() if name != "latency.json"}
         assert same == dict(two.files)
-        assert {**one.manifest, "files": None} == {**two.manifest, "files": None}
+        unlike = {"files": None, SEAL: None}
+        assert {**one.manifest, **unlike} == {**two.manifest, **unlike}
 
 
 def edit(path: Path, change: Callable[[bytearray], None]) -> None:

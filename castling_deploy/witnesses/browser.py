@@ -76,6 +76,7 @@ def showing(address: str) -> Iterator[Browser]:
         with log.open("wb") as file:
             process = subprocess.Popen(
                 [command, *FLAGS, f"--user-data-dir={profile}/profile", address],
+                env={**os.environ, "TMPDIR": "/tmp"},  # of its sockets, whose paths may have 108 bytes
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,

@@ -170,7 +170,12 @@ def test_what_is_set_up_is_not_set_up_again() -> None:
 
 def started(cache: Path) -> subprocess.Popen[bytes]:
     """A set-up into an empty cache that has begun to fetch."""
-    process = subprocess.Popen([sys.executable, "-c", SET_UP], env={**os.environ, "CASTLING_CACHE": str(cache)})
+    process = subprocess.Popen(
+        [sys.executable, "-c", SET_UP],
+        env={**os.environ, "CASTLING_CACHE": str(cache)},
+        # tests that run in a shell's background are born with SIGINT ignored, and so would be this process
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not list(cache.glob(".arm64.partial-*/work/apt/apt.conf")):
         assert process.poll() is None and time.monotonic() < deadline
