@@ -28,6 +28,9 @@ from castling_deploy.probes import probes_for
 from castling_deploy.target import TARGETS, Precision, target_named
 from castling_deploy.task import task_named
 
+# Core ML's converter and XNNPACK compute an exact GELU whatever was asked for: there the defect reaches no artefact.
+GELU_AS_TOLD = ("onnx", "tensorrt", "coreai")
+
 
 def climbed(name: str) -> tuple[nn.Module, ModelCard, Ladder]:
     """A bundled network as trained, and its ladder on few images."""
@@ -43,8 +46,10 @@ def cases(name: str, targets: list[str]) -> Iterator[tuple[Defect, bool, str, Pr
     """
     for target in targets if name in (LEVIT, DEIT) else targets[:1]:
         precisions = target_named(target).precisions
-        for defect in ON_FOLDED + ((tanh_gelu,) if name == DEIT else ()):
+        for defect in ON_FOLDED:
             yield defect, False, target, Precision.FP32
+        if name == DEIT and target in GELU_AS_TOLD:
+            yield tanh_gelu, False, target, Precision.FP32
         for defect in ON_LEVIT if name == LEVIT else ():
             yield defect, True, target, Precision.FP32
         if Precision.FP16 in precisions and name == LEVIT:
