@@ -39,11 +39,8 @@ def subjects() -> Iterator[tuple[str, nn.Module, str | None, tuple[int, int]]]:
             family = name.partition("-")[0]
             size = SIZES[family][seed % 2]
             build, config = SMALL[name]
-            yield (
-                f"{name} {size[0]}x{size[1]} seed {seed}",
-                conditioned(build(replace(config, image_size=size)), seed),
-                None,
-            )  # type: ignore[arg-type, type-var]
+            network = conditioned(build(replace(config, image_size=size)), seed)
+            yield f"{name} {size[0]}x{size[1]} seed {seed}", network, None, size
         for name in BASELINES:
             yield f"{name} seed {seed}", small(name, seed), BASELINE_OF[name], BASELINES[name][1].image_size
         for name in DENSE:
