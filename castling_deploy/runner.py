@@ -8,11 +8,12 @@ export is verified by, is the first of them. This module imports no runtime.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from castling_deploy.errors import UsageError
+from castling_deploy.progress import Advance as Advance
 from castling_deploy.suggest import did_you_mean
 from castling_deploy.target import TARGETS, Artifact, Missing, Precision, Target, Witness, images_for, target_named
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Values = npt.NDArray[np.generic]
-
-Advance = Callable[[float], None]
 
 
 class Runner(Protocol):
