@@ -116,9 +116,9 @@ def set_up(advance: Advance) -> None:
 
 
 def _build(folder: Path, advance: Advance) -> None:
-    """All of it in `folder`. What is only needed on the way stands in `folder/work`, and is removed."""
+    """All of it in `folder`. What is only needed on the way stands in `folder/build`, and is removed."""
     executorch = installed("executorch")
-    work = folder / "work"
+    work = folder / "build"
     (work / "apt").mkdir(parents=True)
     debian = DebianPackages(work / "apt", NAME)
     advance(0.1)

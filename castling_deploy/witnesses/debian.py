@@ -18,7 +18,6 @@ from pathlib import Path
 from castling_deploy.errors import SetupError
 
 SUITES = ("bookworm", "bookworm-backports")
-MIRROR = "http://deb.debian.org/debian/"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 TOOLS = ("apt-get", "dpkg", "dpkg-deb")
 POLL_S = 0.1
@@ -48,7 +47,7 @@ class DebianPackages:
     """Packages of Debian 12 and its backports for this machine and for `guest`, by way of the empty folder `home`.
 
     `suites`: those of another release. Raises SetupError where the machine has no apt, does not know Debian's keys, or
-    does not reach the mirror.
+    names no mirror that can be reached.
     """
 
     def __init__(self, home: Path, guest: str | None = None, suites: Sequence[str] = SUITES) -> None:
@@ -114,10 +113,15 @@ class DebianPackages:
 
 
 def mirror() -> str:
-    """The mirror of Debian in the machine's own sources, else Debian's."""
+    """The mirror of Debian in the machine's own sources. Raises SetupError where there is none."""
     listed = _output("apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages")
     own = [uri for uri in listed.split() if uri.rstrip("/").endswith("/debian")]
-    return own[0] if own else MIRROR
+    if not own:
+        raise SetupError(
+            "this machine's sources of packages name no mirror of Debian",
+            hint="add one to /etc/apt/sources.list.d, or set it up in a container of debian:12",
+        )
+    return own[0]
 
 
 def unpack(deb: Path, into: Path) -> None:

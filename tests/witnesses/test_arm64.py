@@ -177,7 +177,7 @@ def started(cache: Path) -> subprocess.Popen[bytes]:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
-    while not list(cache.glob(".arm64.partial-*/work/apt/apt.conf")):
+    while not list(cache.glob(".arm64.partial-*/build/apt/apt.conf")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     return process
