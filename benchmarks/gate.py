@@ -17,7 +17,7 @@ from castling_deploy.errors import CastlingError
 from castling_deploy.identify import ModelCard
 from castling_deploy.ladder import Ladder
 from castling_deploy.parity import worst
-from castling_deploy.recheck import verify
+from castling_deploy.rechecking.recheck import verify
 from castling_deploy.target import Precision, target_named
 from castling_deploy.verification import verify_artifact
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from castling_deploy import bundled, pipeline, recheck
+from castling_deploy import bundled, pipeline
 from castling_deploy import checkpoint as reading
 from castling_deploy.artifact import read_folder
 from castling_deploy.castle import castle as castled
@@ -23,6 +23,7 @@ from castling_deploy.models.family import family_of
 from castling_deploy.parity import Array, Verdict
 from castling_deploy.probes import Probes
 from castling_deploy.quiet import toolchain
+from castling_deploy.rechecking import recheck
 from castling_deploy.request import Request
 from castling_deploy.target import target_named
 

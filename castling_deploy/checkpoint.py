@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from castling_deploy.containers import is_bookkeeping, unwrapped
 from castling_deploy.errors import CheckpointError
-from castling_deploy.hub_folder import Folder, listed
-from castling_deploy.torch_file import read_torch_file
+from castling_deploy.reading.containers import is_bookkeeping, unwrapped
+from castling_deploy.reading.hub_folder import Folder, listed
+from castling_deploy.reading.torch_file import read_torch_file
 
 
 @dataclass(frozen=True)

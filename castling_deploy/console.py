@@ -8,13 +8,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from castling_deploy.comparison import Comparison, Quantity
 from castling_deploy.doctor import Health
 from castling_deploy.inspection import Inspection
-from castling_deploy.localised_text import print_localised
+from castling_deploy.localising.localised_text import print_localised
 from castling_deploy.parity import Verdict
 from castling_deploy.pipeline import Deployment, Result
-from castling_deploy.rejudge import Rejudged
+from castling_deploy.rechecking.comparison import Comparison, Quantity
+from castling_deploy.rechecking.rejudge import Rejudged
 from castling_deploy.report import model_bytes
 from castling_deploy.target import WitnessKind
 

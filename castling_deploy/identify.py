@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from castling_deploy.card import Stated, stated
 from castling_deploy.checkpoint import Checkpoint
 from castling_deploy.errors import CheckpointError, UsageError
 from castling_deploy.models.family import (
@@ -27,6 +26,7 @@ from castling_deploy.models.family import (
 from castling_deploy.models.foreign_names import in_our_names
 from castling_deploy.models.zero_dconv import with_zero_dconv
 from castling_deploy.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from castling_deploy.reading.card import Stated, stated
 from castling_deploy.suggest import did_you_mean
 
 

@@ -14,13 +14,13 @@ from torch import nn
 from castling_deploy import artifact as written
 from castling_deploy import bundled, checkpoint
 from castling_deploy.errors import CastlingError, UsageError
-from castling_deploy.fault import Suspect, isolated_fault
 from castling_deploy.folder import artifact_folder, refuse_if_taken
 from castling_deploy.identify import ModelCard, identify
 from castling_deploy.isolation import Worker
 from castling_deploy.ladder import Ladder, climb
 from castling_deploy.latency import LatencyReport, timed
-from castling_deploy.localise import Localisation
+from castling_deploy.localising.fault import Suspect, isolated_fault
+from castling_deploy.localising.localise import Localisation
 from castling_deploy.parity import ParityReport, Verdict
 from castling_deploy.probes import probes_for
 from castling_deploy.progress import Progress, Silent

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from castling_deploy import documents
-from castling_deploy.checks import Examined
-from castling_deploy.comparison import Comparison, Side
 from castling_deploy.errors import InconclusiveError, ParityError, TargetUnavailableError
 from castling_deploy.folder import files_in, size_bytes
 from castling_deploy.inspection import parameters
 from castling_deploy.parity import Verdict
 from castling_deploy.pipeline import Deployment, Result
 from castling_deploy.plain import SCHEMA, plain
+from castling_deploy.rechecking.checks import Examined
+from castling_deploy.rechecking.comparison import Comparison, Side
 
 
 def deployment_document(deployment: Deployment) -> dict[str, Any]:

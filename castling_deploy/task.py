@@ -12,7 +12,7 @@ import numpy.typing as npt
 from castling_deploy.average_precision import average_precision
 from castling_deploy.detection import detections
 from castling_deploy.errors import UsageError
-from castling_deploy.replay import ROUNDING, replayed
+from castling_deploy.rechecking.replay import ROUNDING, replayed
 from castling_deploy.scenes import Scene
 from castling_deploy.suggest import did_you_mean
 

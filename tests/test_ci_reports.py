@@ -14,10 +14,10 @@ from edits import reseal
 from exported import CLASSIFIER, copied, exported
 
 from castling_deploy import bundled
-from castling_deploy.checks import Check, Examined
-from castling_deploy.ci_reports import junit_xml, markdown, sarif_json
 from castling_deploy.errors import TargetUnavailableError
 from castling_deploy.parity import Verdict
+from castling_deploy.rechecking.checks import Check, Examined
+from castling_deploy.rechecking.ci_reports import junit_xml, markdown, sarif_json
 
 
 @pytest.fixture(scope="module")

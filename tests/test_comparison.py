@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from deployments import castling
 
-from castling_deploy.comparison import Allowed, Comparison, Quantity, diff
 from castling_deploy.errors import UsageError
+from castling_deploy.rechecking.comparison import Allowed, Comparison, Quantity, diff
 
 Copies = Callable[[str], Path]
 

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import pytest
 
 from castling_deploy import bundled
-from castling_deploy.card import KERNELS
 from castling_deploy.contract import steps
 from castling_deploy.plain import plain
 from castling_deploy.preprocessing import Preprocessing
+from castling_deploy.reading.card import KERNELS
 from castling_deploy.target import TensorSpec
 
 Pixels = npt.NDArray[np.uint8]

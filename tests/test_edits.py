@@ -12,7 +12,7 @@ from edits import EDITS, manifest_of
 import castling_deploy
 from castling_deploy.errors import CastlingError
 from castling_deploy.parity import Verdict
-from castling_deploy.recheck import verify
+from castling_deploy.rechecking.recheck import verify
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,13 @@ from folded_networks import folded_network, network_of
 from rich.console import Console
 from torch import nn
 
-from castling_deploy.diagnosis import Cause, Statistics, absent
 from castling_deploy.errors import ExportError
 from castling_deploy.export.to_onnx import FILE, OnnxOptions, OnnxTarget
-from castling_deploy.localise import Finding, Localisation, localise, plain_options
-from castling_deploy.localised_text import print_localised
+from castling_deploy.localising.diagnosis import Cause, Statistics, absent
+from castling_deploy.localising.localise import Finding, Localisation, localise, plain_options
+from castling_deploy.localising.localised_text import print_localised
+from castling_deploy.localising.prefix import Traced
 from castling_deploy.plain import plain
-from castling_deploy.prefix import Traced
 from castling_deploy.probes import Probes, probes_for
 from castling_deploy.target import Artifact, Network, Precision, Session, Target, target_named
 

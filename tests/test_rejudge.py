@@ -14,7 +14,7 @@ from exported import CLASSIFIER, exported
 
 from castling_deploy.errors import UsageError
 from castling_deploy.parity import TOLERANCES, Array, Reference, Tolerance, Verdict, compare
-from castling_deploy.rejudge import rejudge
+from castling_deploy.rechecking.rejudge import rejudge
 from castling_deploy.target import Precision
 
 FP32 = TOLERANCES[Precision.FP32]

@@ -12,7 +12,7 @@ import pytest
 from castling_deploy.detection import IOU, KEEP, Detections, candidates, detections, overlaps, suppressed
 from castling_deploy.errors import ExportError
 from castling_deploy.parity import TOLERANCES, Reference, Verdict
-from castling_deploy.replay import ROUNDING, doubt
+from castling_deploy.rechecking.replay import ROUNDING, doubt
 from castling_deploy.target import Precision
 from castling_deploy.task import LIMITS, Detection
 from castling_deploy.verification import compared

@@ -20,11 +20,11 @@ from rich.console import Console
 import castling_deploy
 from castling_deploy import bundled
 from castling_deploy.artifact import read_folder
+from castling_deploy.attribution.mistakes import candidates, frames
+from castling_deploy.attribution.own_preprocessing import preprocess, print_attribution
+from castling_deploy.attribution.resize_check import MATTERS, Cause, attribute, picture, prepared
 from castling_deploy.errors import ShapeError, UsageError
-from castling_deploy.mistakes import candidates, frames
-from castling_deploy.own_preprocessing import preprocess, print_attribution
 from castling_deploy.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from castling_deploy.resize_check import MATTERS, Cause, attribute, picture, prepared
 from castling_deploy.scenes import scenes
 
 Array = npt.NDArray[np.generic]

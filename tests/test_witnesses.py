@@ -8,12 +8,12 @@ import pytest
 from exported import CLASSIFIER, exported
 
 from castling_deploy import runner
-from castling_deploy.checks import examine
 from castling_deploy.errors import TargetUnavailableError, UsageError
 from castling_deploy.isolation import IN_PROCESS, Limits
 from castling_deploy.parity import Verdict
 from castling_deploy.progress import Silent
-from castling_deploy.recheck import verify
+from castling_deploy.rechecking.checks import examine
+from castling_deploy.rechecking.recheck import verify
 
 FRAIL = ("crashing", "hanging", "lying", "missing")
 

@@ -17,7 +17,7 @@ from castling_deploy.plain import SCHEMA
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def bench(paths: tuple[Path, ...], threads: int, as_json: bool) -> int:
     """Latency of artefact folders on this machine."""
-    from castling_deploy.recheck import benchmark
+    from castling_deploy.rechecking.recheck import benchmark
 
     rows = []
     for path in paths:

@@ -22,9 +22,9 @@ def diff(a: Path, b: Path, max_slower: float, max_larger: float, max_drop: float
 
     Read from what the exports wrote; `castling verify` tells whether the files are as they were exported.
     """
-    from castling_deploy.comparison import Allowed
-    from castling_deploy.comparison import diff as compared
     from castling_deploy.console import print_comparison
+    from castling_deploy.rechecking.comparison import Allowed
+    from castling_deploy.rechecking.comparison import diff as compared
     from castling_deploy.report import comparison_document
     from castling_deploy.terminal import stderr_console
 

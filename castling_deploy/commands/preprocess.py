@@ -22,10 +22,10 @@ def preprocess(path: Path, image: Path, mine: Path | None, save: Path | None, as
 
     Exit code 3 where the model is wrong or the preprocessing is.
     """
+    from castling_deploy.attribution.own_preprocessing import preprocess as compared
+    from castling_deploy.attribution.own_preprocessing import print_attribution
+    from castling_deploy.attribution.resize_check import Cause
     from castling_deploy.errors import ParityError
-    from castling_deploy.own_preprocessing import preprocess as compared
-    from castling_deploy.own_preprocessing import print_attribution
-    from castling_deploy.resize_check import Cause
     from castling_deploy.terminal import stderr_console
 
     found = compared(path, image, mine, save)

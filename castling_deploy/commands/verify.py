@@ -56,10 +56,10 @@ def verify(
         return _judge_again(saved, rel, as_json)
     if not paths:
         raise UsageError("no artefact folder is named", hint="castling verify DIR")
-    from castling_deploy.checks import examine
-    from castling_deploy.ci_reports import refuse_inside, write_reports
-    from castling_deploy.console_checks import print_examined
-    from castling_deploy.localised_text import print_localised
+    from castling_deploy.localising.localised_text import print_localised
+    from castling_deploy.rechecking.checks import examine
+    from castling_deploy.rechecking.ci_reports import refuse_inside, write_reports
+    from castling_deploy.rechecking.console_checks import print_examined
     from castling_deploy.report import verification_document
     from castling_deploy.terminal import StderrProgress
 
@@ -90,7 +90,7 @@ def verify(
 def _judge_again(saved: Path, rel: float, as_json: bool) -> int:
     from castling_deploy.console import print_rejudged
     from castling_deploy.parity import Verdict
-    from castling_deploy.rejudge import rejudge, rejudged_document
+    from castling_deploy.rechecking.rejudge import rejudge, rejudged_document
     from castling_deploy.terminal import stderr_console
 
     seen = rejudge(saved, rel)

@@ -10,16 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 from castling_deploy.artifact import Folder, read_folder
-from castling_deploy.claims import Claims, examined
 from castling_deploy.errors import CrashError, ExportError, ParityError, TargetUnavailableError, UsageError
 from castling_deploy.execution import inputs_for, repeated
 from castling_deploy.isolation import Call, Limits, Worker
 from castling_deploy.ladder import Ladder
 from castling_deploy.latency import Timing, interleaved, timed
+from castling_deploy.localising.rebuilt import rebuilt
 from castling_deploy.parity import Array, Failure, ParityReport, Reference, Verdict, WitnessReport
 from castling_deploy.probes import Probes
 from castling_deploy.progress import Advance, Progress, Silent
-from castling_deploy.rebuilt import rebuilt
+from castling_deploy.rechecking.claims import Claims, examined
 from castling_deploy.runner import ALL, Runner, chosen, runners_of
 from castling_deploy.target import Missing, Target, target_named
 from castling_deploy.task import task_named

@@ -16,7 +16,7 @@ from castling_deploy.errors import CastlingError, ParityError, RegressionError
 from castling_deploy.folder import size_bytes
 from castling_deploy.parity import Verdict, worst
 from castling_deploy.plain import plain
-from castling_deploy.saved import LATENCY, PARITY, SavedLatency, SavedParity, read_latency, read_parity
+from castling_deploy.rechecking.saved import LATENCY, PARITY, SavedLatency, SavedParity, read_latency, read_parity
 
 ORDER = (Verdict.PASS, Verdict.INCONCLUSIVE, Verdict.FAIL)  # from best to worst
 PER_CENT = 100.0

@@ -9,7 +9,7 @@ from typing import Any
 from castling_deploy.errors import UsageError
 from castling_deploy.parity import COMPILED, EXPORTED, OutputParity, ParityReport, Verdict, judged
 from castling_deploy.plain import SCHEMA, plain
-from castling_deploy.saved import SavedParity, read_parity
+from castling_deploy.rechecking.saved import SavedParity, read_parity
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import fx
 
+from castling_deploy.localising.prefix import Traced, operator
 from castling_deploy.parity import TOLERANCES, Array, Reference
-from castling_deploy.prefix import Traced, operator
 from castling_deploy.target import Precision
 
 LARGEST_HALF = 65504.0  # of float16; the next larger number is infinity

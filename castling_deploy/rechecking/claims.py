@@ -15,7 +15,7 @@ from castling_deploy.artifact import Folder
 from castling_deploy.isolation import Limits, isolated
 from castling_deploy.plain import plain
 from castling_deploy.quiet import toolchain
-from castling_deploy.saved import PARITY, read_parity, unfounded
+from castling_deploy.rechecking.saved import PARITY, read_parity, unfounded
 from castling_deploy.target import Attestation, Missing, Target
 
 

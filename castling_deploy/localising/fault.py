@@ -8,10 +8,10 @@ from typing import Any
 
 from castling_deploy.artifact import network_for, read_folder
 from castling_deploy.isolation import Limits, isolated
-from castling_deploy.localise import Localisation, localise
+from castling_deploy.localising.localise import Localisation, localise
+from castling_deploy.localising.rebuilt import checkpoint_of, rebuilt
 from castling_deploy.probes import Probes
 from castling_deploy.progress import Advance, Progress
-from castling_deploy.rebuilt import checkpoint_of, rebuilt
 from castling_deploy.target import Artifact, Network, Precision, Target, options_for, target_named
 
 

@@ -12,10 +12,10 @@ from typing import Any
 from urllib.parse import quote
 from xml.etree import ElementTree
 
-from castling_deploy.checks import Check, Examined
 from castling_deploy.errors import ParityError, UsageError
 from castling_deploy.parity import Verdict
-from castling_deploy.saved import PARITY
+from castling_deploy.rechecking.checks import Check, Examined
+from castling_deploy.rechecking.saved import PARITY
 
 SARIF_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 RULES = {

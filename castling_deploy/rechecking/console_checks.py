@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from castling_deploy.checks import Check, Examined
 from castling_deploy.console import MEANING, marked, number
 from castling_deploy.parity import Verdict, WitnessReport
-from castling_deploy.saved import PARITY, read_parity
+from castling_deploy.rechecking.checks import Check, Examined
+from castling_deploy.rechecking.saved import PARITY, read_parity
 
 CLAIMS: Mapping[str, str] = {
     "cast": "the auxiliary branch was cast away; an approximation, judged by the task's score",

@@ -21,12 +21,21 @@ import numpy.typing as npt
 import torch
 from torch import fx, nn
 
-from castling_deploy import repro
-from castling_deploy.diagnosis import LARGEST_HALF, SQUARES, Cause, Statistics, absent, batches, likely, watch
 from castling_deploy.errors import CastlingError
 from castling_deploy.execution import inputs_for
+from castling_deploy.localising import repro
+from castling_deploy.localising.diagnosis import (
+    LARGEST_HALF,
+    SQUARES,
+    Cause,
+    Statistics,
+    absent,
+    batches,
+    likely,
+    watch,
+)
+from castling_deploy.localising.prefix import VALUE, Place, Traced, operator, wide
 from castling_deploy.parity import TOLERANCES, Array, OutputParity, Reference, Verdict, compare
-from castling_deploy.prefix import VALUE, Place, Traced, operator, wide
 from castling_deploy.probes import Probes
 from castling_deploy.progress import Advance, Progress, Silent
 from castling_deploy.quiet import toolchain

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
+from castling_deploy.attribution.resize_check import MATTERS, Attribution, Cause, attribute, prepared
 from castling_deploy.errors import UsageError
-from castling_deploy.resize_check import MATTERS, Attribution, Cause, attribute, prepared
 
 MEANING = {
     Cause.MODEL: "the model: its golden outputs are wrong here, whatever the preprocessing",

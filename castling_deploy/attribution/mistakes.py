@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from castling_deploy.card import KERNELS
 from castling_deploy.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from castling_deploy.reading.card import KERNELS
 from castling_deploy.target import TensorSpec
 
 Pixels = npt.NDArray[np.uint8]

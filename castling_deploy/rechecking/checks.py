@@ -6,15 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from castling_deploy.claims import Claims
 from castling_deploy.errors import CastlingError, InconclusiveError, ParityError, TargetUnavailableError, UsageError
-from castling_deploy.fault import find_fault
 from castling_deploy.isolation import Limits
-from castling_deploy.localise import Localisation
+from castling_deploy.localising.fault import find_fault
+from castling_deploy.localising.localise import Localisation
 from castling_deploy.parity import TOLERANCES, ParityReport, Verdict, WitnessReport
 from castling_deploy.progress import Progress
-from castling_deploy.recheck import Recheck, verify
-from castling_deploy.saved import PARITY, read_parity
+from castling_deploy.rechecking.claims import Claims
+from castling_deploy.rechecking.recheck import Recheck, verify
+from castling_deploy.rechecking.saved import PARITY, read_parity
 from castling_deploy.target import Precision, WitnessKind
 
 

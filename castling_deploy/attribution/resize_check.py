@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from castling_deploy import recheck
 from castling_deploy.artifact import Folder, read_folder
+from castling_deploy.attribution.mistakes import Candidate, Pixels, Reading, candidates, frames, readings
 from castling_deploy.errors import ShapeError, UsageError
 from castling_deploy.execution import inputs_for, run_artifact
-from castling_deploy.mistakes import Candidate, Pixels, Reading, candidates, frames, readings
 from castling_deploy.parity import Array, Reference, Verdict, WitnessReport
 from castling_deploy.preprocessing import Preprocessing
 from castling_deploy.probes import Probes
+from castling_deploy.rechecking import recheck
 from castling_deploy.target import target_named
 from castling_deploy.verification import opened
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from castling_deploy.diagnosis import Cause
-from castling_deploy.localise import Finding, Localisation, Seen
+from castling_deploy.localising.diagnosis import Cause
+from castling_deploy.localising.localise import Finding, Localisation, Seen
 
 ADVICE = {
     Cause.OVERFLOW: "export with --precision fp32; --islands keeps such layers in it, unless that is the whole network",

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from castling_deploy.localising.prefix import VALUE, Place
 from castling_deploy.parity import Array
-from castling_deploy.prefix import VALUE, Place
 from castling_deploy.target import Artifact, Scripted, Target
 
 TITLES = {

@@ -1,0 +1,1 @@
+"""Reading checkpoints: what trainers, wrappers and hubs put around the tensors, and never their code."""
