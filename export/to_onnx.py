@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 from castling_deploy.errors import ExportError, UsageError
 from castling_deploy.export import onnx_attest, onnx_nms
 from castling_deploy.export.onnx_half import half, inferred
+from castling_deploy.export.onnx_norms import normalised
 from castling_deploy.export.onnx_session import OnnxSession
+from castling_deploy.export.onnx_unbatched import unbatched
 from castling_deploy.target import (
     Artifact,
     Attestation,
@@ -154,6 +156,8 @@ class OnnxTarget:
 
     def export(self, network: Network, precision: Precision, options: OnnxOptions, folder: Path) -> Artifact:
         model = onnx_model(network, precision, options.opset, dynamic=options.dynamic, nms=options.nms)
+        if precision is Precision.FP32:
+            model = inferred(normalised(model))
         write(model, folder / FILE)
         raw = network
         if options.nms:
@@ -193,6 +197,8 @@ def onnx_model(
 
     program = exported_program(network, dynamic=dynamic)
     model = translated(program, network, opset)
+    if not dynamic and all(spec.shape[0] == 1 for spec in network.inputs):
+        model = inferred(unbatched(model))
     if precision is Precision.FP16:
         model = half(model, network.islands)
     softmaxes = sum(str(node.target) in ("aten.softmax.int", "aten._softmax.default") for node in program.graph.nodes)

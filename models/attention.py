@@ -35,6 +35,22 @@ def join_heads(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def heads_of(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """(B, N, H * D) -> (B, N, H, D), as the exported forms take it: nothing is moved."""
+    return x.unflatten(-1, (heads, -1))
+
+
+class FirstTokens(nn.Module):
+    """The first tokens alone: (..., N, C) -> (..., count, C)."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[..., : self.count, :]
+
+
 def split_qkv(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(B, N, 3 C) -> q, k, v (B, H, N, D). The channels are [q | k | v], inside each [head 0 | head 1 | ...]."""
     q, k, v = qkv.chunk(3, dim=-1)
@@ -252,10 +268,15 @@ def folded_attend(
         y = N(u + q^ ((2 / pi) k^^T u)) + dconv(u)             (rules 11, 12 and 17 of docs/folds.md)
 
     Without c the square sum of N(.) passes float16's 65504 at 197 tokens. `value_scale` says what c is.
+
+    Heads stand behind tokens, as a Linear leaves them, until a product needs them in front: runtimes take such a
+    transposition into the product (ONNX Runtime: FusedMatMul). Only u and y are moved.
+    Shape: q (B, N', H, D), k (B, N, H, D), u (B, N, H, E) -> (B, N', H, E); `asking` picks from (B, H, N, E).
     """
-    state = unit(k, EXPORT_NORM_FLOOR).transpose(-2, -1) @ u * (2 / math.pi)  # (B, H, D, E)
-    core = asking(u) + unit(q, EXPORT_NORM_FLOOR) @ state  # (B, H, N', E)
-    return unit(core, EXPORT_NORM_FLOOR) + asking(dconv(u))
+    values = u.transpose(1, 2)  # (B, H, N, E)
+    state = unit(k, EXPORT_NORM_FLOOR).permute(0, 2, 3, 1) @ values * (2 / math.pi)  # (B, H, D, E)
+    core = asking(values) + unit(q, EXPORT_NORM_FLOOR).transpose(1, 2) @ state  # (B, H, N', E)
+    return (unit(core, EXPORT_NORM_FLOOR) + asking(dconv(values))).transpose(1, 2)
 
 
 class FoldedAttention(nn.Module):
@@ -286,22 +307,21 @@ class FoldedAttention(nn.Module):
         self.asking = asking or nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q = split_heads(self.query(self.asking(x)), self.heads)
-        k, u = split_heads(self.key(x), self.heads), split_heads(self.value(x), self.heads)
-        return self.output(join_heads(folded_attend(q, k, u, self.dconv, self.asking)))
+        q = heads_of(self.query(self.asking(x)), self.heads)
+        k, u = heads_of(self.key(x), self.heads), heads_of(self.value(x), self.heads)
+        return self.output(folded_attend(q, k, u, self.dconv, self.asking).flatten(-2))
 
     def after(self, affine: Affine) -> FoldedAttention:
         """The attention whose input was scaled and shifted per channel before (rule 7): q, k and v all take it."""
-        twin = FoldedAttention(
-            affine_before(self.query, affine),
-            affine_before(self.key, affine),
-            affine_before(self.value, affine),
-            self.dconv,
-            self.output,
-            heads=self.heads,
-            tokens=None,
-            asking=self.asking,
-        )
+        query, key, value = (affine_before(linear, affine) for linear in (self.query, self.key, self.value))
+        return self._with(query, key, value, self.asking)
+
+    def asked_by(self, asking: nn.Module) -> FoldedAttention:
+        """The attention that answers the tokens of `asking` alone (rule 30)."""
+        return self._with(self.query, self.key, self.value, asking)
+
+    def _with(self, query: nn.Linear, key: nn.Linear, value: nn.Linear, asking: nn.Module) -> FoldedAttention:
+        twin = FoldedAttention(query, key, value, self.dconv, self.output, heads=self.heads, tokens=None, asking=asking)
         twin.value_factor = self.value_factor
         return twin
 
@@ -340,12 +360,12 @@ class FoldedSoftmaxAttention(nn.Module):
 
     def after(self, affine: Affine) -> FoldedSoftmaxAttention:
         """The attention whose input was scaled and shifted per channel before (rule 7)."""
-        return FoldedSoftmaxAttention(
-            affine_before(self.query, affine),
-            affine_before(self.key, affine),
-            affine_before(self.value, affine),
-            self.output,
-            heads=self.heads,
-            bias=self.bias,
-            asking=self.asking,
-        )
+        query, key, value = (affine_before(linear, affine) for linear in (self.query, self.key, self.value))
+        return self._with(query, key, value, self.asking)
+
+    def asked_by(self, asking: nn.Module) -> FoldedSoftmaxAttention:
+        """The attention that answers the tokens of `asking` alone (rule 30)."""
+        return self._with(self.query, self.key, self.value, asking)
+
+    def _with(self, query: nn.Linear, key: nn.Linear, value: nn.Linear, asking: nn.Module) -> FoldedSoftmaxAttention:
+        return FoldedSoftmaxAttention(query, key, value, self.output, heads=self.heads, bias=self.bias, asking=asking)

@@ -14,6 +14,7 @@ from torch import nn
 from castling_deploy.errors import FoldError
 from castling_deploy.fold import affine_before, layernorm_affine, mean_of_each, without_affine
 from castling_deploy.models.attention import (
+    FirstTokens,
     FoldedAttention,
     FoldedSoftmaxAttention,
     LinearAngularAttention,
@@ -48,11 +49,39 @@ class Block(nn.Module):
 
     def folded(self) -> nn.Module:
         assert isinstance(self.attn, (FoldedAttention, FoldedSoftmaxAttention))
-        twin = Block.__new__(Block)
-        nn.Module.__init__(twin)
-        twin.norm1, twin.attn = without_affine(self.norm1), self.attn.after(layernorm_affine(self.norm1))
-        twin.norm2, twin.mlp = without_affine(self.norm2), self.mlp.after(layernorm_affine(self.norm2))
-        return twin
+        return FoldedBlock(
+            without_affine(self.norm1),
+            self.attn.after(layernorm_affine(self.norm1)),
+            without_affine(self.norm2),
+            self.mlp.after(layernorm_affine(self.norm2)),
+        )
+
+
+class FoldedBlock(nn.Module):
+    """Block as it is exported; only the tokens of `asking`, all of them by default, leave it (rule 30).
+
+    Shape: (B, N, C) -> (B, N', C).
+    """
+
+    def __init__(
+        self,
+        norm1: nn.Module,
+        attn: FoldedAttention | FoldedSoftmaxAttention,
+        norm2: nn.Module,
+        mlp: Mlp,
+        asking: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = norm1, attn, norm2, mlp
+        self.asking = asking or nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.asking(x) + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+    def asked_by(self, asking: nn.Module) -> FoldedBlock:
+        """The block that is computed for the tokens of `asking` alone."""
+        return FoldedBlock(self.norm1, self.attn.asked_by(asking), self.norm2, self.mlp, asking)
 
 
 def patch_embedding(config: DeiTConfig) -> nn.ModuleDict:
@@ -121,7 +150,9 @@ class FoldedEmbedding(nn.Module):
 class CastlingDeiT(nn.Module):
     """Castling-DeiT, plain or distilled. Shape: (B, C, H, W) -> logits (B, classes); the pair in distilled training."""
 
-    fold_rule: ClassVar[str] = "heads merged; patch bias, class token and position in one constant"
+    fold_rule: ClassVar[str] = (
+        "heads merged; last block for the class token; patch bias, class token, position in one constant"
+    )
 
     def __init__(self, config: DeiTConfig) -> None:
         super().__init__()
@@ -153,13 +184,16 @@ class CastlingDeiT(nn.Module):
         heads = [
             affine_before(head, layernorm_affine(self.norm)) for head in (self.head, self.head_dist) if head is not None
         ]
-        return FoldedDeiT(FoldedEmbedding(self), self.blocks, without_affine(self.norm), mean_of_each(heads))
+        *blocks, last = self.blocks
+        assert isinstance(last, FoldedBlock)
+        blocks.append(last.asked_by(FirstTokens(self.config.prefix)))
+        return FoldedDeiT(FoldedEmbedding(self), nn.ModuleList(blocks), without_affine(self.norm), mean_of_each(heads))
 
 
 class FoldedDeiT(nn.Module):
     """Castling-DeiT as it is exported. Shape: (B, C, H, W) -> logits (B, classes).
 
-    Only the prefix tokens reach the last norm and the one head (rules 6 and 7 of docs/folds.md).
+    Only the prefix tokens leave the last block, for the last norm and the one head (rules 6, 7, 30 of docs/folds.md).
     """
 
     def __init__(self, embedding: FoldedEmbedding, blocks: nn.Module, norm: nn.LayerNorm, head: nn.Linear) -> None:
@@ -170,7 +204,7 @@ class FoldedDeiT(nn.Module):
         x = self.embedding(image)
         for block in self.blocks:  # type: ignore[attr-defined]  # a ModuleList
             x = block(x)
-        return self.head(self.norm(x[:, : self.embedding.prefix]).flatten(1))
+        return self.head(self.norm(x).flatten(1))
 
 
 SEEN = 4  # maps that a decoder is given, after blocks spread evenly: 3, 6, 9, 12 of 12 (mmsegmentation upernet_vit)

@@ -24,9 +24,9 @@ from castling_deploy.models.attention import (
     branch_evidence,
     cast_before_fold,
     folded_attend,
+    heads_of,
     join_heads,
     scaled_products,
-    split_heads,
     split_qkv,
     thirds,
     token_conv,
@@ -190,7 +190,7 @@ def norm_times(norm: nn.LayerNorm, factor: float) -> nn.LayerNorm:
 
 
 class Pooled(nn.Module):
-    """Linear, pooling and norm of one of q, k, v, as exported. Shape: (B, h * w, C_in) -> (B, H, h' * w', D).
+    """Linear, pooling and norm of one of q, k, v, as exported. Shape: (B, h * w, C_in) -> (B, h' * w', H, D).
 
     The norm keeps its affine part: what follows normalises over the same channels or adds to them (rule 8).
     """
@@ -201,7 +201,7 @@ class Pooled(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pooled = as_tokens(self.pool(as_map(self.linear(x), self.grid)))  # (B, N', C)
-        return self.norm(split_heads(pooled, self.heads))
+        return self.norm(heads_of(pooled, self.heads))
 
     def after(self, affine: Affine) -> Pooled:
         """What takes an input that was scaled and shifted per channel before (rule 7)."""
@@ -220,7 +220,7 @@ class FoldedPoolingAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q = self.query(x)
-        return self.output(join_heads(folded_attend(q, self.key(x), self.value(x), self.dconv) + q))
+        return self.output((folded_attend(q, self.key(x), self.value(x), self.dconv) + q).flatten(-2))
 
     def after(self, affine: Affine) -> FoldedPoolingAttention:
         """The attention whose input was scaled and shifted per channel before (rule 7)."""
@@ -245,11 +245,11 @@ class FoldedPoolingSoftmax(nn.Module):
         self.across = None if positions is None else nn.Buffer(positions[1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q = self.query(x)
-        logits = q @ self.key(x).transpose(-2, -1)  # (B, H, N', N'')
+        q = self.query(x).transpose(1, 2)  # (B, H, N', D)
+        logits = q @ self.key(x).permute(0, 2, 3, 1)  # (B, H, N', N'')
         if self.down is not None and self.across is not None:
             logits = logits + positional_logits(q, self.down, self.across)
-        return self.output(join_heads(logits.softmax(-1) @ self.value(x) + q))
+        return self.output(join_heads(logits.softmax(-1) @ self.value(x).transpose(1, 2) + q))
 
     def after(self, affine: Affine) -> FoldedPoolingSoftmax:
         """The attention whose input was scaled and shifted per channel before (rule 7)."""

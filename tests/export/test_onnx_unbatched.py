@@ -1,0 +1,127 @@
+"""What the ONNX graph loses on its way to the file, and that it computes the same without."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from folded_networks import folded_network, images_for
+from networks import SMALL
+from onnx.reference import ReferenceEvaluator
+
+from castling_deploy.export.onnx_half import inferred
+from castling_deploy.export.onnx_norms import normalised
+from castling_deploy.export.onnx_unbatched import unbatched
+from castling_deploy.export.to_onnx import exported_program, onnx_model, translated
+from castling_deploy.target import Network, Precision
+
+
+@cache
+def traced(name: str) -> bytes:
+    network = folded_network(name)
+    return translated(exported_program(network, dynamic=False), network, 20).SerializeToString()
+
+
+def as_traced(network: Network) -> onnx.ModelProto:
+    return onnx.load_from_string(traced(network.name))
+
+
+def unoptimised(model: onnx.ModelProto, network: Network) -> np.ndarray:
+    """The first output on two images, computed node by node."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    name = network.inputs[0].name
+    return np.concatenate([session.run(None, {name: image[None]})[0] for image in images_for(network, 2)])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_losing_the_axis_of_one_changes_no_number(name: str) -> None:
+    network = folded_network(name)
+    before, after = as_traced(network), inferred(unbatched(as_traced(network)))
+    onnx.checker.check_model(after, full_check=True)
+    np.testing.assert_allclose(unoptimised(after, network), unoptimised(before, network), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["deit", "levit"])
+def test_losing_the_axis_is_exact_in_float64(name: str) -> None:
+    network = folded_network(name)
+    image = images_for(network, 1).astype(np.float64)
+    outputs = []
+    for model in (as_traced(network), inferred(unbatched(as_traced(network)))):
+        evaluator = ReferenceEvaluator(in_float64(model))
+        outputs.append(evaluator.run(None, {network.inputs[0].name: image})[0])
+    assert outputs[0].dtype == np.float64
+    np.testing.assert_allclose(outputs[1], outputs[0], rtol=1e-12, atol=1e-13)
+
+
+def in_float64(model: onnx.ModelProto) -> onnx.ModelProto:
+    twin = onnx.ModelProto()
+    twin.CopyFrom(model)
+    del twin.graph.value_info[:]
+    for tensor in twin.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            values = onnx.numpy_helper.to_array(tensor).astype(np.float64)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    for value in (*twin.graph.input, *twin.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+    return twin
+
+
+def test_onnx_runtime_gets_linears_without_reshapes_and_products_without_transpositions(tmp_path: Path) -> None:
+    network = folded_network("deit")
+    model = normalised(onnx_model(network, Precision.FP32, 20))
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    nodes = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
+    blocks, linears = 2, 2 * 6 + 1
+    assert nodes["Gemm"] == linears and nodes["MatMul"] == 0
+    assert nodes["FusedMatMul"] == 2 * blocks  # the transpositions of q and k are inside
+    assert nodes["Transpose"] == 2 * blocks + 1  # of the values and of the result; of the patches
+    # q, k, v and the result change shape, and the values twice more for the convolution; the patches; the head's token
+    assert nodes["Reshape"] <= 6 * blocks + 3
+    assert nodes["Cast"] == 0
+
+
+def test_convolutions_between_convolutions_keep_their_axis() -> None:
+    network = folded_network("levit")
+    for node in onnx_model(network, Precision.FP32, 20).graph.node:
+        if node.op_type == "HardSwish" and node.name.startswith("stem"):
+            assert all(not name.endswith("/row") for name in node.input)
+
+
+def test_a_batch_of_two_keeps_its_axis() -> None:
+    network = folded_network("deit", 2)
+    shapes = {
+        len(value.type.tensor_type.shape.dim) for value in onnx_model(network, Precision.FP32, 20).graph.value_info
+    }
+    assert shapes >= {3, 4}
+
+
+def test_a_vector_of_zeros_stays_zero() -> None:
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("ReduceL2", ["x", "axes"], ["norm"], keepdims=1),
+            onnx.helper.make_node("Clip", ["norm", "floor"], ["clamped"]),
+            onnx.helper.make_node("Div", ["x", "clamped"], ["y"]),
+        ],
+        "norm",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2, 4])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [2, 4])],
+        [
+            onnx.numpy_helper.from_array(np.array([-1]), "axes"),
+            onnx.numpy_helper.from_array(np.float32(2.0**-14), "floor"),
+        ],
+    )
+    model = normalised(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10))
+    assert [node.op_type for node in model.graph.node] == ["LpNormalization"] and not model.graph.initializer
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (values,) = session.run(None, {"x": np.array([[0, 0, 0, 0], [3, 0, 4, 0]], np.float32)})
+    np.testing.assert_array_equal(values, np.array([[0, 0, 0, 0], [0.6, 0, 0.8, 0]], np.float32))
