@@ -24,7 +24,7 @@ from castling_deploy.parity import Array, Verdict
 from castling_deploy.probes import Probes
 from castling_deploy.quiet import toolchain
 from castling_deploy.rechecking import recheck
-from castling_deploy.request import Request
+from castling_deploy.request import Int8, Request
 from castling_deploy.target import target_named
 
 benchmark = recheck.benchmark
@@ -69,9 +69,11 @@ def export(
     batch_size: int = 1,
     benchmark: bool = False,
     overwrite: bool = False,
+    int8: Int8 = Int8(),  # noqa: B008  # frozen
     **options: Any,
 ) -> pipeline.Result:
-    """Export, verify and describe one artefact; `result.path` is its folder. `options` are the target's own.
+    """Export, verify and describe one artefact; `result.path` is its folder. `options` are the target's own, `int8`
+    says how to calibrate.
 
     `model` is a network from `load` (cast and folded or not) or `castlify`, or a checkpoint's path. Raises ParityError
     when the artefact computes something else (it is kept, and marked), TargetUnavailableError when nothing could be
@@ -86,6 +88,7 @@ def export(
         output=Path(output),
         benchmark=benchmark,
         overwrite=overwrite,
+        int8=int8,
     )
     card = _card(network)
     if card is None:

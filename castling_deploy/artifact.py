@@ -28,7 +28,7 @@ from castling_deploy.preprocessing import Preprocessing
 from castling_deploy.range_audit import Audit
 from castling_deploy.selftests.facts import GoldenOutput, facts_of, golden_document, golden_output
 from castling_deploy.selftests.texts import texts
-from castling_deploy.target import Artifact, Network, Precision, Target, TensorSpec
+from castling_deploy.target import Artifact, Network, Precision, Quantisation, Target, TensorSpec
 
 SEAL = "manifest_sha256"  # the manifest's key for the hash of all its others
 GOLDEN_IMAGES = 8  # real ones
@@ -37,10 +37,17 @@ GOLDEN_BYTES = 2**26  # of their outputs
 LEAST_GOLDEN = 2  # images: without two there is no spread to measure an error against
 
 
-def network_for(card: ModelCard, folded: nn.Module, batch_size: int, audit: Audit | None = None) -> Network:
+def network_for(
+    card: ModelCard,
+    folded: nn.Module,
+    batch_size: int,
+    audit: Audit | None = None,
+    quantisation: Quantisation | None = None,
+) -> Network:
     """What the exporters are handed: the folded network with its interface and the facts that travel inside a file.
 
-    `audit` is for float16, and tells them what has to stay in float32. Raises ExportError where all of it has to.
+    `audit` is for float16, and tells them what has to stay in float32; `quantisation` is for int8. Raises
+    ExportError where all of it has to stay in float32.
     """
     height, width = card.config.image_size
     return Network(
@@ -66,6 +73,7 @@ def network_for(card: ModelCard, folded: nn.Module, batch_size: int, audit: Audi
         },
         islands=audit.module_paths() if audit else (),
         reductions=audit.reduction_paths() if audit else (),
+        quantisation=quantisation,
     )
 
 
@@ -106,7 +114,7 @@ def describe(
                 "precision": precision,
                 "options": options,
                 "parity": parity.verdict,
-                "noise_rel": {name: reference.noise for name, reference in ladder.references.items()},
+                "noise_rel": {name: reference.noise for name, reference in ladder.expected.items()},
                 "inputs": artifact.inputs,
                 "outputs": artifact.outputs,
                 "preprocessing": card.preprocessing,
@@ -149,7 +157,7 @@ def _write_golden(
     rows = [*range(count), *(few if affordable >= GOLDEN_IMAGES + len(few) else [])]
     np.save(golden / "images.npy", probes.images[rows])
     judged = []
-    for name, reference in ladder.references.items():
+    for name, reference in ladder.expected.items():
         kept = Reference(reference.outputs[rows], count, reference.noise)
         np.save(golden / f"{name}.npy", kept.outputs)
         judged.append(golden_output(kept, name, TOLERANCES[precision]))

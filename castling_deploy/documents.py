@@ -10,7 +10,7 @@ from typing import Any
 
 from castling_deploy.castle import LayerCast
 from castling_deploy.identify import ModelCard
-from castling_deploy.ladder import Ladder
+from castling_deploy.ladder import Ladder, Lowered
 from castling_deploy.latency import LatencyReport, Timing
 from castling_deploy.parity import ParityReport, WitnessReport
 from castling_deploy.plain import plain
@@ -93,6 +93,19 @@ def parity_document(report: ParityReport, ladder: Ladder) -> dict[str, Any]:
         "rungs": [plain(rung) for rung in report.rungs],
         "witnesses": [witness_document(seen) for seen in report.witnesses],
         "range_audit": audit_document(ladder.range_audit) if report.precision is Precision.FP16 else None,
+        "int8": None if ladder.in_8_bits is None else int8_document(ladder.in_8_bits),
+    }
+
+
+def int8_document(lowered: Lowered) -> dict[str, Any]:
+    """What computes in 8 bits and in which range, what stays in float, and what that costs."""
+    return {
+        "activations": "int8" if lowered.quantisation.symmetric else "uint8",
+        "drop": lowered.drop,
+        "labelled": lowered.labelled,
+        "ranges": {path: list(ends) for path, ends in lowered.quantisation.ranges.items()},
+        "kept_in_float": lowered.kept,
+        "ranking": dict(lowered.ranking),
     }
 
 

@@ -17,6 +17,7 @@ from castling_deploy.parity import Array, Reference, Rung, Tolerance, Verdict, c
 from castling_deploy.probes import Probes
 from castling_deploy.range_audit import Audit, audit
 from castling_deploy.rewrite import copied
+from castling_deploy.target import Quantisation
 from castling_deploy.task import Outputs, Task
 
 BATCH = 8  # images at once: a softmax map of MViTv2 takes 39 MB per image and head
@@ -26,6 +27,24 @@ EXACT_PROBES = 4  # that run in float64
 EVIDENCE_IMAGES = 8  # that the cast's evidence is gathered on
 # What the cast may cost of the task's score on labelled images, in percent, before it is called harmful.
 CAST_MAX_DROP = 0.5
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The network of an int8 artefact in PyTorch: its outputs, and what its 8 bits cost against the cast network.
+
+    `kept` are the Linears that stay in float for the accuracy that was asked for; `ranking` holds all of them with the
+    error that each makes alone, where that had to be known. `drop` is in points of the task's score; `labelled` says
+    whether labels told it.
+    """
+
+    quantisation: Quantisation
+    references: Mapping[str, Reference]
+    rung: Rung
+    kept: tuple[str, ...]
+    ranking: tuple[tuple[str, float], ...]
+    drop: float
+    labelled: bool
 
 
 @dataclass(frozen=True)
@@ -48,11 +67,17 @@ class Ladder:
     steps: tuple[FoldStep, ...]
     fold_rung: Rung
     already_cast: bool
+    in_8_bits: Lowered | None = None  # of an int8 artefact alone
 
     @property
     def outputs(self) -> Outputs:
         """The reference's outputs by name."""
         return {name: reference.outputs for name, reference in self.references.items()}
+
+    @property
+    def expected(self) -> Mapping[str, Reference]:
+        """What the artefact has to compute: `references`, or those of the network in 8 bits."""
+        return self.references if self.in_8_bits is None else self.in_8_bits.references
 
     @cached_property
     def cast_rung(self) -> Rung:

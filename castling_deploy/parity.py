@@ -56,6 +56,9 @@ class Tolerance:
 TOLERANCES: Mapping[Precision, Tolerance] = {
     Precision.FP32: Tolerance(1e-4, float(np.finfo(np.float32).eps)),
     Precision.FP16: Tolerance(2e-2, float(np.finfo(np.float16).eps)),
+    # Against the quantised network in PyTorch: a value between two levels may fall to either side, and does so again
+    # in the layers behind it.
+    Precision.INT8: Tolerance(5e-2, 2.0**-8),
 }
 # A lowered graph is exact but for its constants (1/C, 2**-0.5), which are float32: 3e-8 on the bundled segmenter. The
 # limit is a tenth of what float32 arithmetic may do.

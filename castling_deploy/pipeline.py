@@ -16,6 +16,7 @@ from castling_deploy import bundled, checkpoint
 from castling_deploy.errors import CastlingError, UsageError
 from castling_deploy.folder import artifact_folder, refuse_if_taken
 from castling_deploy.identify import ModelCard, identify
+from castling_deploy.int8.sensitivity import in_8_bits
 from castling_deploy.isolation import Worker
 from castling_deploy.ladder import Ladder, climb
 from castling_deploy.latency import LatencyReport, timed
@@ -26,7 +27,7 @@ from castling_deploy.probes import probes_for
 from castling_deploy.progress import Progress, Silent
 from castling_deploy.quiet import toolchain
 from castling_deploy.request import Request, Step, plan
-from castling_deploy.target import Artifact, Missing, Network, Precision, refuse_for_task
+from castling_deploy.target import Artifact, Missing, Network, Precision, refuse_for_task, symmetric
 from castling_deploy.task import task_named
 from castling_deploy.verification import lowered_rung, measure, verify_artifact
 
@@ -103,9 +104,13 @@ def produce(request: Request, step: Step, card: ModelCard, ladder: Ladder, progr
             maker = stack.enter_context(Worker(request.limits))
             witness = stack.enter_context(Worker(request.limits))
             folder = stack.enter_context(artifact_folder(path, overwrite=request.overwrite))
+            if step.precision is Precision.INT8:
+                with progress.stage(f"{name}: calibrate") as advance:
+                    ladder = in_8_bits(ladder, request.int8, advance, symmetric=symmetric(step.target))
             with progress.stage(f"{name}: export {step.precision}"):
                 audit = ladder.range_audit if request.islands and step.precision is Precision.FP16 else None
-                network = written.network_for(card, ladder.folded, request.batch_size, audit)
+                levels = ladder.in_8_bits.quantisation if ladder.in_8_bits else None
+                network = written.network_for(card, ladder.folded, request.batch_size, audit, levels)
                 artifact = maker.call("export", exported, step, network, folder)
                 lowered = lowered_rung(step.target, network, step.options, ladder, maker.call)
             with progress.stage(f"{name}: verify") as advance:
@@ -120,8 +125,8 @@ def produce(request: Request, step: Step, card: ModelCard, ladder: Ladder, progr
         made = Result(step, path, artifact, parity, latency, artifact.unfinished)
     except CastlingError as error:
         return Result(step, error=error)
-    if not request.localise or parity.verdict is not Verdict.FAIL:
-        return made
+    if not request.localise or parity.verdict is not Verdict.FAIL or step.precision is Precision.INT8:
+        return made  # what 8 bits hurt is ranked in parity.json already
     with suppress(CastlingError):  # that the artefact is wrong is known already, and is what has to be told
         suspect = Suspect(step.target, network, step.precision, step.options, artifact, path)
         return replace(made, localisation=isolated_fault(suspect, ladder.probes, progress, request.limits))

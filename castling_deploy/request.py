@@ -13,6 +13,16 @@ from castling_deploy.target import Precision, Target, options_for, precision_for
 
 
 @dataclass(frozen=True)
+class Int8:
+    """How int8 is calibrated: a folder or .npz file of images (None: the bundled ones), how many of them, and how many
+    points of the task's score it may cost."""
+
+    data: Path | None = None
+    samples: int | None = None
+    max_drop: float = 0.5
+
+
+@dataclass(frozen=True)
 class Request:
     """What the user asked for. `options` holds only what was asked; each target refuses what it does not know."""
 
@@ -30,6 +40,7 @@ class Request:
     seed: int = 0
     islands: bool = True  # modules in float32 that float16 cannot hold
     localise: bool = True  # where an artefact fails
+    int8: Int8 = field(default_factory=Int8)
     limits: Limits = field(default_factory=Limits)  # of every process that runs a toolchain or an artefact
 
 
@@ -53,4 +64,13 @@ def plan(request: Request) -> tuple[Step, ...]:
     )
     for step in steps:
         step.target.refuse(step.options, request.batch_size)
+        if step.precision is Precision.INT8 and (request.batch_size != 1 or getattr(step.options, "dynamic", False)):
+            raise UsageError("int8 is built for a batch of one", hint="leave out --batch-size and --dynamic")
+        if step.precision is not Precision.INT8 and request.int8 != Int8():
+            raise UsageError(
+                f"target '{step.target.name}' in {step.precision} has nothing to calibrate",
+                hint="leave out --calib-data, --calib-samples and --max-drop, or add --precision int8",
+            )
+    if request.int8.data is not None and not request.int8.data.exists():
+        raise UsageError(f"there is nothing at '{request.int8.data}'", hint="name a folder of images, or an .npz file")
     return steps

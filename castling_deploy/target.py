@@ -63,6 +63,39 @@ class TensorSpec:
     content: Literal["tensor", "image"] = "tensor"
 
 
+WEIGHT_LEVELS = 127  # of an 8-bit weight, to either side of zero: -128 would make it lopsided
+
+
+def scale_of(ends: tuple[float, float], *, symmetric: bool) -> tuple[float, int, int, int]:
+    """Scale, zero point, lowest and highest level of 8-bit activations in the range `ends`, which holds zero.
+
+    uint8 with a zero point, or int8 around zero (`symmetric`). The scale is a float32 number.
+    """
+    import numpy as np
+
+    low, high = min(ends[0], 0.0), max(ends[1], 0.0)
+    if symmetric:
+        return float(np.float32(max(-low, high, 1e-30) / 127)), 0, -128, 127
+    scale = float(np.float32(max(high - low, 1e-30) / 255))
+    return scale, round(-low / scale), 0, 255
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """Which Linears compute in 8 bits, by their paths, and the range (lo, hi) of what each of them is given.
+
+    Weights are int8 with one scale per output channel; activations uint8 with a zero point, or int8 around zero where
+    they are `symmetric`, one scale per tensor. Everything else stays in float.
+    """
+
+    ranges: Mapping[str, tuple[float, float]]
+    symmetric: bool
+
+    def scale(self, path: str) -> tuple[float, int, int, int]:
+        """Scale, zero point, lowest and highest level of what the Linear `path` is given."""
+        return scale_of(self.ranges[path], symmetric=self.symmetric)
+
+
 @dataclass(frozen=True)
 class Network:
     """What every exporter is handed: a folded network in eval mode, in float32, and the facts around it.
@@ -84,6 +117,7 @@ class Network:
     islands: tuple[str, ...] = ()
     reductions: tuple[str, ...] = ()
     part: bool = False
+    quantisation: Quantisation | None = None  # for int8, and for nothing else
 
     def example(self) -> tuple[torch.Tensor, ...]:
         """Deterministic inputs of the right shape for tracing; no two values alike, none of them zero."""
@@ -226,6 +260,17 @@ class SlowWitness(Protocol):
     """A target whose witness is too slow for all probes in some precisions: an optional member of it."""
 
     images: Mapping[Precision, int]  # real images that the witness can afford; a precision left out: all of them
+
+
+class Symmetric(Protocol):
+    """A target that takes int8 activations around zero alone: an optional member of it."""
+
+    symmetric: bool
+
+
+def symmetric(target: Target) -> bool:
+    """Whether 8-bit activations of this target have no zero point."""
+    return bool(getattr(target, "symmetric", False))
 
 
 def images_for(target: Target, precision: Precision) -> int | None:

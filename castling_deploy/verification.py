@@ -79,7 +79,9 @@ def parity_report(
     same = [seen for seen in witnesses if seen.limit in (None, tolerance.limit)]
     devices = [seen for seen in same if seen.witness.kind is WitnessKind.DEVICE]
     others = [seen for seen in same if seen not in devices] or devices
-    rungs = [ladder.cast_rung, ladder.fold_rung, *([] if lowered is None else [lowered])]
+    rungs = [ladder.cast_rung, ladder.fold_rung]
+    rungs += [] if ladder.in_8_bits is None else [ladder.in_8_bits.rung]
+    rungs += [] if lowered is None else [lowered]
     rungs.append(witness_rung(EXPORTED, others, tolerance))
     if devices and others != devices:
         rungs.append(witness_rung(COMPILED, devices, tolerance))
@@ -129,7 +131,7 @@ def witnessed(
     rows = ladder.probes.rows(probes)[: len(inputs)]
     references = {
         name: replace(reference, outputs=reference.outputs[rows], real=probes.real)
-        for name, reference in ladder.references.items()
+        for name, reference in ladder.expected.items()
     }
     report = testimony(runner, witness, outputs, references, ladder.task, precision, ladder.probes.preprocessing.size)
     complete = references.keys() <= outputs.keys() and probes.real == ladder.probes.real

@@ -31,7 +31,7 @@ def attest(path: Path, artifact: Artifact, precision: Precision, problems: tuple
     model.graph.ClearField("value_info")
     types = dtypes(inferred(model))
     operations = Counter(types[node.output[0]] for node in model.graph.node if node.output[0] in types)
-    quantised = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    quantised = dequantised(model.graph)
     products: Counter[str] = Counter()
     for node in model.graph.node:
         if node.op_type in PRODUCTS:
@@ -42,6 +42,11 @@ def attest(path: Path, artifact: Artifact, precision: Precision, problems: tuple
         weights[array.dtype.name] += array.nbytes
     facts = {entry.key: entry.value for entry in model.metadata_props}
     return attestation(artifact, precision, products, operations, weights, problems, facts)
+
+
+def dequantised(graph: onnx.GraphProto) -> set[str]:
+    """What is stored in 8 bits, or passes through them: a product of two such values is computed in 8 bits."""
+    return {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
 
 
 def dtypes(model: onnx.ModelProto) -> dict[str, str]:

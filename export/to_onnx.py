@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from castling_deploy.errors import ExportError, UsageError
 from castling_deploy.export import onnx_attest, onnx_nms
 from castling_deploy.export.onnx_half import half, inferred
+from castling_deploy.export.onnx_int8 import in_8_bits
 from castling_deploy.export.onnx_norms import normalised
 from castling_deploy.export.onnx_session import OnnxSession
 from castling_deploy.export.onnx_unbatched import unbatched
@@ -129,7 +130,7 @@ class OnnxTarget:
     name = "onnx"
     extra = ""
     runtime = "ort"
-    precisions: tuple[Precision, ...] = (Precision.FP32, Precision.FP16)
+    precisions: tuple[Precision, ...] = (Precision.FP32, Precision.FP16, Precision.INT8)
     options: type[Any] = OnnxOptions
     selftests: Mapping[str, str] = {"selftest.py": "run_onnxruntime.py", "selftest.cpp": "selftest.cpp"}
 
@@ -156,7 +157,7 @@ class OnnxTarget:
 
     def export(self, network: Network, precision: Precision, options: OnnxOptions, folder: Path) -> Artifact:
         model = onnx_model(network, precision, options.opset, dynamic=options.dynamic, nms=options.nms)
-        if precision is Precision.FP32:
+        if precision is not Precision.FP16:
             model = inferred(normalised(model))
         write(model, folder / FILE)
         raw = network
@@ -201,6 +202,8 @@ def onnx_model(
         model = inferred(unbatched(model))
     if precision is Precision.FP16:
         model = half(model, network.islands)
+    if network.quantisation is not None:
+        model = inferred(in_8_bits(model, network.quantisation))
     softmaxes = sum(str(node.target) in ("aten.softmax.int", "aten._softmax.default") for node in program.graph.nodes)
     check(model, precision, softmaxes=softmaxes, part=network.part)
     if nms:
@@ -298,13 +301,18 @@ def check(model: onnx.ModelProto, precision: Precision, *, softmaxes: int, part:
 
 
 def product_types(model: onnx.ModelProto) -> Counter[str]:
-    """How many convolutions and matrix products are computed in fp32 and in fp16."""
+    """How many convolutions and matrix products are computed in fp32, in fp16 and in int8."""
     import onnx
 
     names = {onnx.TensorProto.FLOAT: Precision.FP32.value, onnx.TensorProto.FLOAT16: Precision.FP16.value}
     graph = model.graph
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info, *graph.output)}
-    return Counter(names[types[node.output[0]]] for node in graph.node if node.op_type in onnx_attest.PRODUCTS)
+    in_8_bits = onnx_attest.dequantised(graph)
+    return Counter(
+        Precision.INT8.value if in_8_bits.issuperset(node.input[:2]) else names[types[node.output[0]]]
+        for node in graph.node
+        if node.op_type in onnx_attest.PRODUCTS
+    )
 
 
 def write(model: onnx.ModelProto, path: Path) -> None:
@@ -349,6 +357,8 @@ def facts(model: onnx.ModelProto) -> dict[str, Any]:
     nodes = Counter(node.op_type for node in model.graph.node)
     products = product_types(model)
     notes = ["on x86, ONNX Runtime stores float16 and computes in float32"] if products[Precision.FP16] else []
+    if products[Precision.INT8]:
+        notes.append("8-bit products are exact with VNNI (x86) and dot products (Arm); x86 before VNNI adds in 16 bits")
     return {
         "opset": model.opset_import[0].version,
         "products": dict(products),

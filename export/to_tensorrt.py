@@ -93,7 +93,8 @@ class TensorRTTarget:
     name = "tensorrt"
     extra = "tensorrt-rtx"
     runtime = "tensorrt"
-    precisions: tuple[Precision, ...] = (Precision.FP16, Precision.FP32)
+    precisions: tuple[Precision, ...] = (Precision.FP16, Precision.FP32, Precision.INT8)
+    symmetric = True  # its parser takes no zero point but 0
     options: type[Any] = TensorRTOptions
     selftests: Mapping[str, str] = {"selftest.py": "run_onnxruntime.py"}
 

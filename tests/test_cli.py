@@ -145,8 +145,18 @@ USAGE = {
     "a folder that is no artefact": (["verify", "."], "is no artefact folder", "castling export"),
     "calibration that nothing uses": (
         ["export", "--target", "onnx", "--calib-data", "x"],
-        "no option --calib-data",
-        "leave",
+        "has nothing to calibrate",
+        "--precision int8",
+    ),
+    "calibration on nothing": (
+        ["export", "--target", "onnx", "--precision", "int8", "--calib-data", "nowhere"],
+        "there is nothing at 'nowhere'",
+        ".npz",
+    ),
+    "int8 for a batch": (
+        ["export", "--target", "onnx", "--precision", "int8", "--batch-size", "2"],
+        "a batch of one",
+        "leave out --batch-size",
     ),
 }
 

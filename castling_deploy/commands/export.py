@@ -36,8 +36,9 @@ ALL = "all"
 @click.option("--opset", type=int, help="ONNX opset.")
 @click.option("--nms", is_flag=True, help="A detector's boxes in the graph, after its raw outputs; ONNX only.")
 @click.option("--input", "content", metavar="KIND", help="tensor (normalised) or image (pixels), where the target can.")
-@click.option("--calib-data", type=click.Path(path_type=Path), help="Images to calibrate int8 on.")
-@click.option("--calib-samples", type=click.IntRange(1), help="How many of them.")
+@click.option("--calib-data", type=click.Path(path_type=Path), help="Folder or .npz of images to calibrate int8 on.")
+@click.option("--calib-samples", type=click.IntRange(1), help="How many of them. Default: 64.")
+@click.option("--max-drop", type=click.FloatRange(0), help="Points of the score that int8 may cost. Default: 0.5.")
 @click.option(
     "--output",
     "-o",
@@ -74,6 +75,7 @@ def export(
     content: str | None,
     calib_data: Path | None,
     calib_samples: int | None,
+    max_drop: float | None,
     output: Path,
     overwrite: bool,
     benchmark: bool,
@@ -86,15 +88,13 @@ def export(
     as_json: bool,
 ) -> int:
     """Export CHECKPOINT (without one: a bundled trained network), verify it, and measure it."""
-    from castling_deploy.request import Request, plan
+    from castling_deploy.request import Int8, Request, plan
 
     asked = {
         "dynamic": dynamic or None,
         "opset": opset,
         "nms": nms or None,
         "input": content,
-        "calib_data": calib_data,
-        "calib_samples": calib_samples,
     }
     request = Request(
         targets=_names(targets),
@@ -111,6 +111,7 @@ def export(
         seed=seed,
         islands=islands,
         localise=localise,
+        int8=Int8(calib_data, calib_samples, Int8.max_drop if max_drop is None else max_drop),
         limits=limits_of(timeout, memory),
     )
     steps = plan(request)

@@ -1,0 +1,47 @@
+"""A network whose Linears compute in 8 bits, in PyTorch: what an int8 artefact is compared with.
+
+Arithmetic as ONNX Runtime and TensorRT define it: activations in one scale per tensor, weights in one per output
+channel, products and bias added in int32. Here it is done in floats that hold the same integers.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from castling_deploy.target import WEIGHT_LEVELS, Quantisation
+
+
+class QuantisedLinear(nn.Module):
+    """A Linear on 8-bit activations and weights. Shape: (..., C_in) -> (..., C_out)."""
+
+    def __init__(self, linear: nn.Linear, quantisation: Quantisation, path: str) -> None:
+        super().__init__()
+        self.scale, self.zero, self.lowest, self.highest = quantisation.scale(path)
+        levels, scales = weight_levels(linear.weight.detach())
+        steps = scales * self.scale  # (C_out,)
+        self.weight = nn.Buffer(levels * scales[:, None])
+        self.bias = None if linear.bias is None else nn.Buffer((linear.bias.detach() / steps).round() * steps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        levels = (x / self.scale).round().add(self.zero).clamp(self.lowest, self.highest).sub(self.zero)
+        return nn.functional.linear(levels * self.scale, self.weight, self.bias)
+
+
+def weight_levels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(C_out, C_in) -> whole numbers from -127 to 127, and the scale of every output channel (C_out,)."""
+    scales = weight.abs().amax(1) / WEIGHT_LEVELS
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    return (weight / scales[:, None]).round().clamp(-WEIGHT_LEVELS, WEIGHT_LEVELS), scales
+
+
+def quantised(network: nn.Module, quantisation: Quantisation) -> nn.Module:
+    """A copy of `network` (folded, float32) whose Linears in `quantisation` compute in 8 bits."""
+    twin = copy.deepcopy(network)
+    for path in quantisation.ranges:
+        linear = twin.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        twin.set_submodule(path, QuantisedLinear(linear, quantisation, path))
+    return twin.eval()

@@ -1,0 +1,117 @@
+"""Which modules 8 bits hurt most, and how many of them have to stay in float for the accuracy that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from castling_deploy.errors import ExportError
+from castling_deploy.int8.calibration import calibration_images, ranges
+from castling_deploy.int8.quantised import quantised
+from castling_deploy.ladder import Ladder, Lowered, run
+from castling_deploy.parity import Reference, Rung, Verdict, worst
+from castling_deploy.request import Int8
+from castling_deploy.target import Quantisation
+from castling_deploy.task import Outputs
+
+QUANTISED = "quantised"  # the rung
+# Without labels the outputs themselves are looked at: half a point then is an error of a quarter of their spread.
+SPREAD_PER_POINT = 0.5
+RANKED_ON = 16  # real images
+
+
+def in_8_bits(
+    ladder: Ladder, asked: Int8, advance: Callable[[float], None] = lambda share: None, *, symmetric: bool
+) -> Ladder:
+    """The ladder of an int8 artefact: as many Linears in 8 bits as the budget allows, the most sensitive ones in float.
+
+    Raises ExportError where not one of them fits the budget, UsageError for images that are none.
+    """
+    probes = ladder.probes
+    images = calibration_images(asked.data, asked.samples, probes.preprocessing, probes.images[: probes.real])
+    found = Quantisation(ranges(ladder.folded, images, symmetric=symmetric), symmetric)
+    advance(0.2)
+    lowered = _lowered(ladder, found, asked.max_drop)
+    if lowered.rung.verdict is not Verdict.PASS:
+        ranking = ranked(ladder, found, lambda share: advance(0.2 + 0.6 * share))
+        best = _least_in_float(ladder, found, ranking, asked.max_drop)
+        if best is None:
+            raise ExportError(
+                f"with any module in 8 bits this network loses more than {asked.max_drop:g} points",
+                hint="allow more with --max-drop, give more images with --calib-data, or use --precision fp16",
+            )
+        lowered = best
+    return replace(ladder, in_8_bits=lowered)
+
+
+def ranked(
+    ladder: Ladder, quantisation: Quantisation, advance: Callable[[float], None] = lambda share: None
+) -> tuple[tuple[str, float], ...]:
+    """Every module with the error that it makes alone (its root mean square over the spread), the largest first."""
+    few = ladder.probes.few(RANKED_ON)
+    rows = ladder.probes.rows(few)[: few.real]
+    found: dict[str, float] = {}
+    for number, (path, ends) in enumerate(quantisation.ranges.items(), 1):
+        network = quantised(ladder.folded, replace(quantisation, ranges={path: ends}))
+        found[path] = _error(network, few.tensors[: few.real], ladder.references, rows)
+        advance(number / len(quantisation.ranges))
+    return tuple(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _error(
+    network: nn.Module, tensors: npt.NDArray[np.float32], references: Mapping[str, Reference], rows: Sequence[int]
+) -> float:
+    outputs = run(network, list(references), tensors)
+    return max(
+        float(np.sqrt(np.square(outputs[name] - reference.outputs[rows]).mean()) / (reference.spread or 1.0))
+        for name, reference in references.items()
+    )
+
+
+def _least_in_float(
+    ladder: Ladder, quantisation: Quantisation, ranking: tuple[tuple[str, float], ...], max_drop: float
+) -> Lowered | None:
+    """The fewest of the worst modules in float that keep the budget, by bisection; None where none but all would."""
+    low, high, best = 1, len(ranking) - 1, None
+    while low <= high:
+        count = (low + high) // 2
+        kept = tuple(path for path, _ in ranking[:count])
+        ends = {path: range_ for path, range_ in quantisation.ranges.items() if path not in kept}
+        lowered = _lowered(ladder, replace(quantisation, ranges=ends), max_drop, kept, ranking)
+        if lowered.rung.verdict is Verdict.PASS:
+            best, high = lowered, count - 1
+        else:
+            low = count + 1
+    return best
+
+
+def _lowered(
+    ladder: Ladder,
+    quantisation: Quantisation,
+    max_drop: float,
+    kept: tuple[str, ...] = (),
+    ranking: tuple[tuple[str, float], ...] = (),
+) -> Lowered:
+    outputs = run(quantised(ladder.folded, quantisation), list(ladder.references), ladder.probes.tensors)
+    rel = _rel(ladder, outputs)
+    before, after = ladder.reference_score, ladder.score(outputs)
+    labelled = before is not None and after is not None
+    if before is not None and after is not None:
+        drop = before - after
+    else:
+        drop = float("inf") if rel is None else rel / SPREAD_PER_POINT
+    rung = Rung(QUANTISED, rel, None, Verdict.PASS if drop <= max_drop else Verdict.FAIL)
+    references = {name: replace(reference, outputs=outputs[name]) for name, reference in ladder.references.items()}
+    return Lowered(quantisation, references, rung, kept, ranking, drop, labelled)
+
+
+def _rel(ladder: Ladder, outputs: Outputs) -> float | None:
+    """Of the real images: what lies far outside them is clipped on purpose."""
+    return worst(
+        reference.rel(outputs[name][: reference.real], reference.outputs[: reference.real])
+        for name, reference in ladder.references.items()
+    )
