@@ -16,7 +16,6 @@ from castling_deploy.errors import ExportError, UsageError
 from castling_deploy.export import onnx_attest, onnx_nms
 from castling_deploy.export.onnx_half import half, inferred
 from castling_deploy.export.onnx_int8 import in_8_bits
-from castling_deploy.export.onnx_norms import normalised
 from castling_deploy.export.onnx_session import OnnxSession
 from castling_deploy.export.onnx_unbatched import unbatched
 from castling_deploy.target import (
@@ -157,8 +156,6 @@ class OnnxTarget:
 
     def export(self, network: Network, precision: Precision, options: OnnxOptions, folder: Path) -> Artifact:
         model = onnx_model(network, precision, options.opset, dynamic=options.dynamic, nms=options.nms)
-        if precision is not Precision.FP16:
-            model = inferred(normalised(model))
         write(model, folder / FILE)
         raw = network
         if options.nms:

@@ -15,7 +15,6 @@ from networks import SMALL
 from onnx.reference import ReferenceEvaluator
 
 from castling_deploy.export.onnx_half import inferred
-from castling_deploy.export.onnx_norms import normalised
 from castling_deploy.export.onnx_unbatched import unbatched
 from castling_deploy.export.to_onnx import exported_program, onnx_model, translated
 from castling_deploy.target import Network, Precision
@@ -75,7 +74,7 @@ def in_float64(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def test_onnx_runtime_gets_linears_without_reshapes_and_products_without_transpositions(tmp_path: Path) -> None:
     network = folded_network("deit")
-    model = normalised(onnx_model(network, Precision.FP32, 20))
+    model = onnx_model(network, Precision.FP32, 20)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     options.log_severity_level = 3
@@ -103,25 +102,3 @@ def test_a_batch_of_two_keeps_its_axis() -> None:
         len(value.type.tensor_type.shape.dim) for value in onnx_model(network, Precision.FP32, 20).graph.value_info
     }
     assert shapes >= {3, 4}
-
-
-def test_a_vector_of_zeros_stays_zero() -> None:
-    graph = onnx.helper.make_graph(
-        [
-            onnx.helper.make_node("ReduceL2", ["x", "axes"], ["norm"], keepdims=1),
-            onnx.helper.make_node("Clip", ["norm", "floor"], ["clamped"]),
-            onnx.helper.make_node("Div", ["x", "clamped"], ["y"]),
-        ],
-        "norm",
-        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2, 4])],
-        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [2, 4])],
-        [
-            onnx.numpy_helper.from_array(np.array([-1]), "axes"),
-            onnx.numpy_helper.from_array(np.float32(2.0**-14), "floor"),
-        ],
-    )
-    model = normalised(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10))
-    assert [node.op_type for node in model.graph.node] == ["LpNormalization"] and not model.graph.initializer
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    (values,) = session.run(None, {"x": np.array([[0, 0, 0, 0], [3, 0, 4, 0]], np.float32)})
-    np.testing.assert_array_equal(values, np.array([[0, 0, 0, 0], [0.6, 0, 0.8, 0]], np.float32))
