@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from castling_deploy.doctor import Health
 from castling_deploy.inspection import Inspection
 from castling_deploy.localising.localised_text import print_localised
 from castling_deploy.parity import Verdict
@@ -16,16 +16,8 @@ from castling_deploy.pipeline import Deployment, Result
 from castling_deploy.rechecking.comparison import Comparison, Quantity
 from castling_deploy.rechecking.rejudge import Rejudged
 from castling_deploy.report import model_bytes
-from castling_deploy.target import WitnessKind
+from castling_deploy.undecided import why_undecided
 
-MEANING = {
-    WitnessKind.DEVICE: "the real device",
-    WitnessKind.RUNTIME: "the vendor's runtime, on this machine",
-    WitnessKind.SIMULATED: "the vendor's simulator",
-    WitnessKind.EMULATED: "the device's instructions, emulated",
-    WitnessKind.REFERENCE: "the artefact's own program and weights, not the vendor's runtime",
-    WitnessKind.BUILDER: "the vendor's compiler took it; nothing was run",
-}
 STYLES = {Verdict.PASS: "green", Verdict.FAIL: "red", Verdict.INCONCLUSIVE: "yellow"}
 
 
@@ -73,6 +65,7 @@ def print_deployment(deployment: Deployment, console: Console) -> None:
     console.print(table)
     for result in deployment.results:
         _print_notes(result, console)
+    print_doubts(deployment.results, console)
 
 
 def _row(result: Result) -> list[str | Text]:
@@ -100,8 +93,10 @@ def _print_notes(result: Result, console: Console) -> None:
         console.print(f"\n{name}: {result.path}", style="bold", soft_wrap=True)
     for seen in result.parity.witnesses if result.parity is not None else ():
         console.print(
-            f"  run by {seen.witness.name} ({seen.witness.kind}: {MEANING[seen.witness.kind]})", soft_wrap=True
+            f"  run by {seen.witness.name} ({seen.witness.kind}: {seen.witness.kind.meaning})", soft_wrap=True
         )
+    if result.parity is not None and (why := why_undecided(result.parity)) is not None:
+        console.print(f"  inconclusive: {why}", style="yellow", soft_wrap=True)
     if result.error is not None:
         console.print(f"\nerror: {name}: {result.error.message}", style="red", soft_wrap=True)
         if result.error.hint:
@@ -120,12 +115,22 @@ def _print_notes(result: Result, console: Console) -> None:
             f"  latency on {result.latency.threads} thread, batch {result.latency.batch}; p95 "
             f"{result.latency.artifact.p95_s * 1e3:.2f} ms"
         )
-        for warning in result.latency.warnings:
-            console.print(f"  ! {warning}", style="yellow")
     if result.localisation is not None:
         print_localised(result.localisation, console)
     if result.path is not None:
         console.print(f"  check it again: castling verify {shlex.quote(str(result.path))}", soft_wrap=True)
+
+
+def print_doubts(results: Sequence[Result], console: Console) -> None:
+    """One line for all targets of a run: it is the same machine that makes their times doubtful."""
+    doubted = {result.step.target.name: result.latency.warnings for result in results if result.latency is not None}
+    doubted = {name: warnings for name, warnings in doubted.items() if warnings}
+    if doubted:
+        *_, last = (
+            doubted.values()
+        )  # the load of the machine, where it was high, stands at the end and explains the rest
+        said = f"! the latency of {', '.join(doubted)} is rough: {last[-1]} (every doubt: latency.json)"
+        console.print(f"\n{said}", style="yellow", soft_wrap=True)
 
 
 def print_inspection(seen: Inspection, console: Console) -> None:
@@ -163,43 +168,6 @@ def print_inspection(seen: Inspection, console: Console) -> None:
     if seen.dead:
         console.print(f"  dead after the cast: {', '.join(seen.dead)}")
     console.print("  what the fold folds: " + "; ".join(f"{count} x {rule}" for rule, count in seen.rules.items()))
-
-
-def print_health(health: Health, console: Console) -> None:
-    """The machine, and one line per target; what is missing comes with its mend."""
-    console.print(f"{health.system}, Python {health.python}")
-    console.print("  " + ", ".join(f"{tool} {version or 'not installed'}" for tool, version in health.tools.items()))
-    table = Table(show_edge=False, pad_edge=False)
-    for column in ("target", "export", "complete", "verified here by"):
-        table.add_column(column)
-    for target in health.targets:
-        can, whole = target.missing is None, target.missing is None and target.unfinished is None
-        table.add_row(
-            target.target,
-            Text(f"yes ({', '.join(target.precisions)})", "green") if can else Text("no", "yellow"),
-            Text("yes", "green") if whole else Text("no", "yellow"),
-            f"{target.witness.name} ({target.witness.kind})" if can else "-",
-        )
-    console.print(table)
-    for target in health.targets:
-        for missing in (target.missing, target.unfinished):
-            if missing is not None:
-                console.print(f"  {target.target}: {missing.reason}\n    {missing.fix}", soft_wrap=True)
-    table = Table(show_edge=False, pad_edge=False)
-    for column in ("verify --on", "runs", "here", "its word"):
-        table.add_column(column)
-    for runner in health.runners:
-        table.add_row(
-            runner.name,
-            ", ".join(runner.targets),
-            Text("yes", "green") if runner.missing is None else Text("no", "yellow"),
-            "-" if runner.witness is None else f"{runner.witness.name} ({runner.witness.kind})",
-        )
-    console.print()
-    console.print(table)
-    for runner in health.runners:
-        if runner.missing is not None:
-            console.print(f"  {runner.name}: {runner.missing.reason}\n    {runner.missing.fix}", soft_wrap=True)
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:

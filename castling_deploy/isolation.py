@@ -18,7 +18,6 @@ import signal
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from typing import Any, Protocol, TypeVar
 from castling_deploy.errors import CastlingError, CrashError
 from castling_deploy.progress import Advance
 from castling_deploy.quiet import tail
+from castling_deploy.scratch import Scratch
 
 T = TypeVar("T")
 POLL_S = 0.1
@@ -62,14 +62,14 @@ class Worker:
 
     def __init__(self, limits: Limits | None = None) -> None:
         self._limits = limits or Limits()
-        self._folder = tempfile.TemporaryDirectory(prefix="castling-")
+        self._scratch = Scratch()
         self._process: subprocess.Popen[bytes] | None = None
         self._in_process = bool(os.environ.get(IN_PROCESS))
         if not self._in_process:
             self._start()
 
     def _start(self) -> None:
-        self._log = open(Path(self._folder.name) / "log", "w+b")  # noqa: SIM115  # closed in _stop
+        self._log = open(self._scratch.path / "log", "w+b")  # noqa: SIM115  # closed in _stop
         ours, theirs = Pipe()
         path = [entry for entry in sys.path if entry]
         self._process = subprocess.Popen(
@@ -78,6 +78,7 @@ class Worker:
             stdout=self._log,
             stderr=self._log,
             pass_fds=(theirs.fileno(),),
+            env={**os.environ, "TMPDIR": str(self._scratch.path)},  # it is killed, and removes nothing by itself
             start_new_session=True,  # so that Ctrl-C reaches the caller alone, and a kill reaches all it started
         )
         theirs.close()
@@ -93,7 +94,7 @@ class Worker:
             return here(subject, function, *arguments, advance=advance)
         if self._process is None:
             self._start()
-        job = Path(self._folder.name) / "job"
+        job = self._scratch.path / "job"
         _write(job, (function.__module__, function.__qualname__, arguments, advance is not None))
         try:
             return self._call(subject, job, advance)
@@ -149,7 +150,7 @@ class Worker:
     def close(self) -> None:
         """End the process and whatever it started."""
         self._stop()
-        self._folder.cleanup()
+        self._scratch.close()
 
     def __enter__(self) -> Worker:
         return self

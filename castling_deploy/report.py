@@ -14,6 +14,7 @@ from castling_deploy.pipeline import Deployment, Result
 from castling_deploy.plain import SCHEMA, plain
 from castling_deploy.rechecking.checks import Examined
 from castling_deploy.rechecking.comparison import Comparison, Side
+from castling_deploy.undecided import why_undecided
 
 
 def deployment_document(deployment: Deployment) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def reason(result: Result) -> str | None:
     if result.error is not None:
         return str(result.error)
     if result.parity is not None and result.parity.verdict is not Verdict.PASS:
-        return f"parity {result.parity.verdict}: see parity.json"
+        return f"parity {result.parity.verdict}: {why_undecided(result.parity) or 'see parity.json'}"
     if result.missing is not None:
         return f"{result.missing.reason}; to mend it: {result.missing.fix}"
     return None

@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 class Runner(Protocol):
     """A runtime, an emulator, a simulator, an evaluator or a compiler that takes artefacts of `targets`.
 
-    `name` is what `castling verify --on` takes; runners of different targets may share one. `images` is how many probes
-    it can afford (None: all of them; 0: it is a builder). One that computes in another precision than the artefact's
-    has the member of `OwnArithmetic` too.
+    `name` is what `castling verify --on` takes; runners of different targets may share one. `about` is what it is, in a
+    few words for those who have not met it. `images` is how many probes it can afford (None: all of them; 0: it is a
+    builder). One that computes in another precision than the artefact's has the member of `OwnArithmetic` too.
     """
 
     name: str
+    about: str
     targets: tuple[str, ...]
     images: int | None
 
@@ -71,6 +72,12 @@ class Required(Protocol):
     required: tuple[Precision, ...]
 
 
+class Narrow(Protocol):
+    """A runner of artefacts in some precisions alone: of any other it would say what its target's own witness says."""
+
+    precisions: tuple[Precision, ...]
+
+
 RUNNERS: tuple[str, ...] = (
     "castling_deploy.witnesses.ort_half:OrtHalf",
     "castling_deploy.witnesses.openvino:OpenVINO",
@@ -94,6 +101,7 @@ class OwnWitness:
         self._target = target
         self._witness = target.witness()
         self.name = target.runtime
+        self.about = "the target's own witness: it verifies every export"
         self.targets: tuple[str, ...] = (target.name,)
         self.images: int | None = None if precision is None else images_for(target, precision)
 
@@ -122,10 +130,22 @@ def runners() -> tuple[Runner, ...]:
 
 
 def runners_of(target: Target, precision: Precision | None = None) -> Mapping[str, Runner]:
-    """Whoever runs artefacts of this target, by name; its own witness first."""
+    """Whoever runs artefacts of this target, and has something to say of this precision, by name; its own witness
+    first."""
     own: Runner = OwnWitness(target, precision)
-    others = (runner for runner in runners() if target.name in runner.targets)
+    others = (runner for runner in runners() if target.name in runner.targets and tells(runner, precision))
     return {runner.name: runner for runner in (own, *others)}
+
+
+def tells(runner: Runner, precision: Precision | None) -> bool:
+    """Whether `runner` has something of its own to say of artefacts in this precision; None: in any."""
+    return precision is None or precision in precisions_of(runner)
+
+
+def precisions_of(runner: Runner) -> tuple[Precision, ...]:
+    """The precisions of the artefacts that `runner` has something to say of."""
+    precisions: tuple[Precision, ...] = getattr(runner, "precisions", tuple(Precision))
+    return precisions
 
 
 def required_for(target: Target, precision: Precision) -> tuple[Runner, ...]:
@@ -142,20 +162,33 @@ def exacting(target: Target, precision: Precision) -> Runner:
 def chosen(target: Target, precision: Precision, names: Sequence[str]) -> tuple[Runner, ...]:
     """The runners of this target that were asked for: those required where none was, every one for `all`.
 
-    A name that other targets know is passed over. Raises UsageError with a suggestion for one that nobody knows.
+    A name that other targets know is passed over. Raises UsageError for one that nobody knows, and for one that has
+    nothing to say of this precision.
     """
-    found = runners_of(target, precision)
+    require_known(names)
     if not names:
         return required_for(target, precision)
-    known = [ALL, *(one for entry in TARGETS for one in runners_of(target_named(entry)))]
-    for name in names:
-        if name not in known:
+    found = runners_of(target, precision)
+    for name, runner in runners_of(target).items():
+        if name in names and name not in found:
             raise UsageError(
-                f"nothing called '{name}' runs artefacts", hint=did_you_mean(name, list(dict.fromkeys(known)))
+                f"'{name}' has nothing to say of an artefact in {precision}: it would compute what '{target.runtime}' "
+                "computes",
+                hint=f"leave it out; it is for artefacts in {', '.join(precisions_of(runner))}",
             )
     if ALL in names:
         return tuple(found.values())
     return tuple(runner for name, runner in found.items() if name in names)
+
+
+def require_known(names: Sequence[str]) -> None:
+    """Raises UsageError with a suggestion for a name that no runner of any target has. Imports no runtime."""
+    known = list(
+        dict.fromkeys([ALL, *(target_named(one).runtime for one in TARGETS), *(one.name for one in runners())])
+    )
+    for name in names:
+        if name not in known:
+            raise UsageError(f"nothing called '{name}' runs artefacts", hint=did_you_mean(name, known))
 
 
 def to_set_up() -> Mapping[str, SetUp]:

@@ -40,12 +40,27 @@ class Precision(StrEnum):
 class WitnessKind(StrEnum):
     """How much a witness's word is worth, strongest first. A report never calls a witness more than it is."""
 
-    DEVICE = "device"  # the real device ran the artefact
-    RUNTIME = "runtime"  # the vendor's runtime ran it on this machine
-    SIMULATED = "simulated"  # the vendor's own simulator of the device
-    EMULATED = "emulated"  # the device's instruction set under emulation
-    REFERENCE = "reference"  # an evaluator of the artefact's own program and weights, not the vendor's runtime
-    BUILDER = "builder"  # the vendor's compiler took it; nothing was run
+    DEVICE = "device"
+    RUNTIME = "runtime"
+    SIMULATED = "simulated"
+    EMULATED = "emulated"
+    REFERENCE = "reference"
+    BUILDER = "builder"
+
+    @property
+    def meaning(self) -> str:
+        """What ran the artefact, in words."""
+        return MEANING[self]
+
+
+MEANING: Mapping[WitnessKind, str] = {
+    WitnessKind.DEVICE: "the real device",
+    WitnessKind.RUNTIME: "the vendor's runtime, on this machine",
+    WitnessKind.SIMULATED: "the vendor's simulator of the device",
+    WitnessKind.EMULATED: "the device's instructions, emulated",
+    WitnessKind.REFERENCE: "the artefact's own program and weights, not the vendor's runtime",
+    WitnessKind.BUILDER: "the vendor's compiler took it; nothing was run",
+}
 
 
 @dataclass(frozen=True)

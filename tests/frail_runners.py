@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 class Frail:
+    about = "a runner that goes wrong"
     targets = ("onnx",)
     images: int | None = None
 

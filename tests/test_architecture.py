@@ -67,6 +67,7 @@ def test_the_pipeline_knows_no_format_and_no_family() -> None:
         "execution.py",
         "ladder.py",
         "parity.py",
+        "undecided.py",
         "artifact.py",
         "console.py",
         "report.py",

@@ -75,6 +75,9 @@ def test_all_folders_are_checked_and_the_gravest_exit_code_wins(several: Run, ar
     verdicts = [(one["verdict"], one["exit_code"]) for one in several.document["artifacts"]]
     assert verdicts == [(None, 3), ("pass", 0), ("inconclusive", 5)]
     assert several.document["artifacts"][0]["error"]["message"].endswith("model.onnx")
+    assert f"pass: {artifact} computes what PyTorch computes on 12 golden images (worst " in several.err
+    assert " of 1e-04, run by onnxruntime " in several.err and "not run again" in several.err
+    assert "inconclusive: " in several.err and "fail: " not in several.err, "the error says what was changed"
     assert castling("verify", artifact, artifact).code == 0
 
 
@@ -131,6 +134,7 @@ def test_sarif_of_a_pass_has_no_results_and_paths_are_relative_to_the_repository
     (result,) = json.loads(sarif_json([failed]))["runs"][0]["results"]
     assert result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == "a%20b/parity.json"
     assert result["message"]["text"] == "a b: logits: fail: error / spread 5.0e-01, limit 1e-04"
+    assert failed.reason == "golden images: logits: error / spread 5.0e-01, limit 1e-04"
 
 
 def test_a_job_summary_is_appended_where_github_asks_for_one(
@@ -159,6 +163,9 @@ def test_with_the_checkpoint_the_rungs_are_climbed_again(artifact: Path, tmp_pat
     assert run.code == 0, run.err
     cases = outcomes(ElementTree.parse(tmp_path / "junit.xml").getroot())
     assert "373 images: rung fold" in cases and not any("at its export" in name for name in cases)
+    assert cases["373 images: rung lowered"] == "passed"
+    assert "run again now, on 373 images" in run.err and "compared with the checkpoint" in run.err
+    assert f"pass: {artifact} computes what PyTorch computes on 373 images (worst " in run.err
 
 
 def test_what_decides_nothing_is_skipped_and_what_could_not_run_is_an_error() -> None:

@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from deployments import ENVIRONMENT, ISOLATED, Run, castling
-from edits import reseal
+from edits import manifest_of, reseal
 from networks import SMALL_DEIT, small
 
 from castling_deploy.models.attention import LinearAngularAttention
@@ -140,6 +141,12 @@ USAGE = {
     "saved numbers without a limit": (["verify", "--from", "parity.json"], "go together", "--rel 1e-3"),
     "a limit of zero": (["verify", "--from", "parity.json", "--rel", "0"], "--rel", "castling verify --help"),
     "saved numbers that are not there": (["verify", "--from", "none.json", "--rel", "1"], "none.json", "export"),
+    "an unknown witness": (
+        ["verify", "x", "--on", "ort,opnvino"],
+        "nothing called 'opnvino'",
+        "did you mean 'openvino'",
+    ),
+    "no witness": (["verify", "x", "--on", ","], "--on names nobody", "castling doctor"),
     "verifying nothing": (["verify"], "no artefact folder", "castling verify DIR"),
     "a comparison with nothing": (["diff", ".", "."], "is no artefact folder", "castling export"),
     "a folder that is no artefact": (["verify", "."], "is no artefact folder", "castling export"),
@@ -172,13 +179,18 @@ def test_misuse_is_two_lines_exit_2_and_leaves_nothing(name: str, tmp_path: Path
     assert os.listdir(tmp_path) == []
 
 
-def test_misuse_is_refused_before_torch_is_imported() -> None:
-    code = (
-        "import sys\nsys.modules['torch'] = None\nfrom castling_deploy.cli import castling, run\n"
-        "print(run(castling, ['export', '--target', 'coreml', '--dynamic'], 'castling'))"
-    )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert process.stdout.strip() == "2" and "no option --dynamic" in process.stderr, process.stderr
+@pytest.mark.parametrize("name", ["another one", "an unknown witness", "no witness"])
+def test_misuse_is_refused_before_torch_is_imported(name: str) -> None:
+    arguments, message, _ = USAGE[name]
+    run = without_torch(*arguments)
+    assert run.code == 2 and message in run.err, run.err
+
+
+def without_torch(*arguments: str) -> Run:
+    """`castling` where torch cannot be imported."""
+    code = "import sys\nsys.modules['torch'] = None\nfrom castling_deploy.cli import main\nmain()"
+    process = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
+    return Run(process.returncode, process.stdout, process.stderr)
 
 
 def test_errors_are_one_json_document_too() -> None:
@@ -304,6 +316,21 @@ def test_a_network_that_says_the_same_of_every_image_is_inconclusive(tmp_path: P
     assert run.code == 5
     (artifact,) = run.document["artifacts"]
     assert artifact["parity"]["verdict"] == "inconclusive" and artifact["parity"]["power"] == 0
+    reason = "every image gives the same output: there is nothing to measure an error against"
+    assert artifact["reason"] == f"parity inconclusive: {reason}" and f"inconclusive: {reason}" in run.err
+    again = castling("verify", artifact["path"], "--json")
+    assert again.code == 5 and is_two_lines(again)
+    assert f"inconclusive: {artifact['path']}: golden images: logits" in again.err and reason in again.err
+
+
+def test_a_single_golden_image_is_the_reason_that_verify_gives(folder: Path) -> None:
+    for file in (folder / "golden").iterdir():
+        np.save(file, np.load(file)[:1])
+    reseal(folder, golden={**manifest_of(folder)["golden"], "real": 1})
+    run = castling("verify", folder, "--json")
+    assert run.code == 5 and "a single real image was compared" in run.err
+    checks = [check for check in run.document["checks"] if check["decisive"] and check["verdict"] == "inconclusive"]
+    assert [check["said"].partition(":")[0] for check in checks] == ["a single real image was compared"]
 
 
 @pytest.mark.parametrize("flags", [["--dynamic"], ["--batch-size", "4"], ["--imgsz", "48,64"], ["--opset", "21"]])
@@ -362,6 +389,16 @@ def test_doctor_tells_every_target_and_how_to_mend_it() -> None:
     assert all(
         target["missing"] is None or "pip install" in target["missing"]["fix"] for target in run.document["targets"]
     )
+
+
+def test_doctor_says_in_words_who_is_who_and_needs_no_torch_for_it() -> None:
+    run = without_torch("doctor", "--json")
+    assert run.code == 0, run.err
+    rows = {line.split()[0]: line for line in run.err.splitlines() if "\u2502" in line and line.split()}
+    assert sum(line.startswith("arm64 ") for line in run.err.splitlines() if "\u2502" in line) == 1
+    assert "onnx, executorch" in rows["arm64"] and "(fp16)" in rows["ort-fp16"]
+    assert all(runner["about"] for runner in run.document["runners"])
+    assert run.err.index("targets: ") < run.err.index("witnesses: ")
 
 
 def test_bench_times_a_folder(folder: Path) -> None:

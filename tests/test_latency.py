@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import io
 
+import pytest
+from rich.console import Console
+
+from castling_deploy.console import print_doubts
 from castling_deploy.latency import MAX_ROUNDS, MIN_ROUNDS, WARMUP_RUNS, LatencyReport, Timing, doubts, interleaved
+from castling_deploy.pipeline import Result
+from castling_deploy.request import Step
+from castling_deploy.target import Precision, target_named
 
 
 class FakeClock:
@@ -53,3 +60,13 @@ def test_doubt_is_said_in_words() -> None:
 def test_the_ratio_is_taken_pair_by_pair() -> None:
     report = LatencyReport("x", Timing((1.0, 2.0, 30.0)), Timing((2.0, 4.0, 60.0)), 1, 1, {}, ())
     assert report.ratio == 0.5
+
+
+def test_a_noisy_machine_is_one_line_for_all_targets() -> None:
+    text = io.StringIO()
+    timing = Timing((1.0, 1.0))
+    noisy = LatencyReport("x", timing, timing, 1, 1, {}, ("x: p95 is 3 x the median", "load average 9 on 2 cores"))
+    results = [Result(Step(target_named(name), Precision.FP32, None), latency=noisy) for name in ("onnx", "executorch")]
+    print_doubts(results, Console(file=text, width=110))
+    (line,) = text.getvalue().strip().splitlines()
+    assert line.startswith("! the latency of onnx, executorch is rough: load average 9 on 2 cores")

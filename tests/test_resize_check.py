@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from deployments import castling
 from detectors import detector
 from edits import reseal
 from networks import small
@@ -192,7 +193,8 @@ def test_a_wrong_model_is_the_models_fault(folder: Path, photo: Path, tmp_path: 
         (lambda photo: resized(photo), "resized and not cropped"),
         (lambda photo: stored(photo), "was not resized"),
         (lambda photo: np.zeros((2, 3, 64, 64), np.float32), "save one image of 64 x 64 pixels"),
-        (lambda photo: np.zeros((64, 64, 3), np.int64), "save one image"),
+        (lambda photo: np.zeros((64, 64, 3), np.int64), "save uint8 pixels, or a float tensor"),
+        (lambda photo: np.zeros((3, 64, 64), np.complex64), "save uint8 pixels, or a float tensor"),
         (lambda photo: np.full((64, 64, 3), np.nan, np.float32), "divides"),
     ],
 )
@@ -273,5 +275,8 @@ def test_the_command_saves_ours_and_says_what_it_found(folder: Path, photo: Path
     ):
         with pytest.raises(UsageError, match=message):
             preprocess(folder, photo, *arguments)
+    run = castling("preprocess", folder, "--image", photo, "--save", tmp_path / "again.npy")
+    assert run.code == 0 and run.out == ""
+    assert f"written: {tmp_path / 'again.npy'}, what the artefact takes of '{photo}'" in run.err
     with pytest.raises(UsageError, match="cannot be read as a picture"):
         attribute(folder, mine, np.load(mine))

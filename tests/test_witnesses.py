@@ -54,6 +54,16 @@ def test_only_those_named_are_asked(artifact: Path) -> None:
     assert len(verify(artifact, on=["ort", "lying"]).golden) == 2
 
 
+def test_one_without_anything_to_say_of_a_precision_is_passed_over_or_refused_by_name(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "RUNNERS", ("castling_deploy.witnesses.ort_half:OrtHalf",))
+    assert len(verify(artifact, on=["all"]).golden) == 1, "float16 rounding of a float32 file is no rounding"
+    with pytest.raises(UsageError, match="'ort-fp16' has nothing to say of an artefact in fp32") as caught:
+        verify(artifact, on=["ort", "ort-fp16"])
+    assert "artefacts in fp16" in str(caught.value.hint)
+
+
 def test_one_that_is_named_and_not_here_is_an_error(artifact: Path) -> None:
     with pytest.raises(TargetUnavailableError, match="its runtime is not installed"):
         verify(artifact, on=["ort", "missing"])
@@ -63,5 +73,7 @@ def test_unknown_names_and_names_of_other_targets_are_told_apart(artifact: Path)
     with pytest.raises(UsageError, match="nothing called 'lyin' runs artefacts") as caught:
         verify(artifact, on=["lyin"])
     assert "lying" in str(caught.value.hint)
+    with pytest.raises(UsageError, match="nothing called 'lyin'"):
+        verify(artifact / "nowhere", on=["lyin"])
     with pytest.raises(TargetUnavailableError, match="none of those named runs"):
         verify(artifact, on=["executorch"])

@@ -144,8 +144,8 @@ def _one_image(theirs: npt.NDArray[np.generic], pre: Preprocessing, photo: Pixel
     array = theirs[0] if theirs.ndim == 4 and len(theirs) == 1 else theirs
     (height, width), channels = pre.size, len(pre.mean)
     good = {(height, width, channels), (channels, height, width), *([(height, width)] if channels == 1 else [])}
-    if array.shape in good and array.dtype.kind in "fu":
-        if array.dtype.kind == "u" and array.dtype != np.uint8:
+    if array.shape in good:
+        if array.dtype.kind != "f" and array.dtype != np.uint8:
             raise ShapeError(f"the array holds {array.dtype}", hint="save uint8 pixels, or a float tensor")
         if not np.isfinite(array.astype(np.float64)).all():
             raise ShapeError("the array holds NaN or infinite values", hint="look where your preprocessing divides")

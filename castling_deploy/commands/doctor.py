@@ -13,8 +13,7 @@ from castling_deploy.plain import SCHEMA, plain
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def doctor(as_json: bool) -> int:
     """Which targets can be exported, run and verified here, and the exact line that mends what cannot."""
-    from castling_deploy.console import print_health
-    from castling_deploy.doctor import examine
+    from castling_deploy.doctor import examine, print_health
     from castling_deploy.terminal import stderr_console
 
     health = examine()

@@ -29,8 +29,11 @@ def preprocess(path: Path, image: Path, mine: Path | None, save: Path | None, as
     from castling_deploy.terminal import stderr_console
 
     found = compared(path, image, mine, save)
+    console = stderr_console()
+    if save is not None:
+        console.print(f"written: {save}, what the artefact takes of '{image}'", soft_wrap=True)
     if found is not None:
-        print_attribution(found, stderr_console())
+        print_attribution(found, console)
     if as_json:
         print_json({"schema": SCHEMA, "saved": save, "attribution": None if found is None else plain(found)})
     return 0 if found is None or found.cause is Cause.NEITHER else ParityError.exit_code

@@ -10,6 +10,7 @@ import click
 from castling_deploy.commands.options import CONTEXT, Amount, limited, limits_of
 from castling_deploy.commands.outcome import concluded, gravest, print_json
 from castling_deploy.errors import InconclusiveError, ParityError, UsageError
+from castling_deploy.runner import ALL, require_known
 
 
 @click.command(context_settings=CONTEXT)
@@ -56,6 +57,10 @@ def verify(
         return _judge_again(saved, rel, as_json)
     if not paths:
         raise UsageError("no artefact folder is named", hint="castling verify DIR")
+    names = [name.strip().lower() for item in on for name in item.split(",") if name.strip()]
+    if on and not names:
+        raise UsageError("--on names nobody", hint=f"castling doctor lists the names; or --on {ALL}")
+    require_known(names)  # before torch is imported, and before any file is read
     from castling_deploy.localising.localised_text import print_localised
     from castling_deploy.rechecking.checks import examine
     from castling_deploy.rechecking.ci_reports import refuse_inside, write_reports
@@ -64,7 +69,6 @@ def verify(
     from castling_deploy.terminal import StderrProgress
 
     refuse_inside([path for path in (junit, sarif) if path is not None], paths)
-    names = [name.strip().lower() for item in on for name in item.split(",") if name.strip()]
     progress = StderrProgress()
     examined = []
     for path in paths:

@@ -14,8 +14,10 @@ from castling_deploy.parity import TOLERANCES, ParityReport, Verdict, WitnessRep
 from castling_deploy.progress import Progress
 from castling_deploy.rechecking.claims import Claims
 from castling_deploy.rechecking.recheck import Recheck, verify
-from castling_deploy.rechecking.saved import PARITY, read_parity
 from castling_deploy.target import Precision, WitnessKind
+from castling_deploy.undecided import output_undecided, rung_undecided, why_undecided
+
+AT_EXPORT = "at its export"  # the group of what is read from parity.json, and not run again
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,16 @@ class Check:
     said: str | None = None
 
     @property
-    def told(self) -> str:
-        """The numbers in words, or what was `said` where there are none."""
-        if self.rel is None:
-            return str(self.verdict) if self.said is None else f"{self.verdict}: {self.said}"
+    def evidence(self) -> str:
+        """The numbers in words, and what was `said`; empty where there is neither."""
         limit = "" if self.limit is None else f", limit {self.limit:.0e}"
-        return f"{self.verdict}: error / spread {self.rel:.1e}{limit}"
+        numbers = None if self.rel is None else f"error / spread {self.rel:.1e}{limit}"
+        return "; ".join(each for each in (numbers, self.said) if each is not None)
+
+    @property
+    def told(self) -> str:
+        """The verdict and its evidence."""
+        return f"{self.verdict}: {self.evidence}" if self.evidence else str(self.verdict)
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,15 @@ class Examined:
         return None if self.error else Verdict.worst([check.verdict for check in self.checks if check.decisive])
 
     @property
+    def reason(self) -> str | None:
+        """What made a verdict that is no pass: the first check that came to it, before others one that says why."""
+        made = [check for check in self.checks if check.decisive and check.verdict is self.verdict]
+        if self.verdict in (None, Verdict.PASS) or not made:
+            return None
+        first = next((check for check in made if check.evidence), made[0])
+        return ": ".join(part for part in (first.group, first.name, first.evidence) if part)
+
+    @property
     def conclusion(self) -> CastlingError | None:
         """What a failed check comes to; None when all is well."""
         if self.error is not None:
@@ -67,7 +82,8 @@ class Examined:
             return ParityError(f"'{self.path}' does not compute what it has to", hint="do not ship it; export it again")
         if self.verdict is Verdict.INCONCLUSIVE:
             return InconclusiveError(
-                f"the comparison of '{self.path}' has too little power", hint="see its parity.json"
+                f"the comparison of '{self.path}' decides nothing",
+                hint="its parity.json has the numbers; castling verify --from parity.json --rel R takes another limit",
             )
         return None
 
@@ -108,13 +124,12 @@ def _checks(seen: Recheck) -> Iterator[Check]:
     yield Check("files", "as they were exported", Verdict.PASS)
     yield from _built(seen.claims, seen.folder.precision)
     for report in seen.golden:
-        yield from _outputs("golden images", report, limit)
+        yield from _outputs("golden images", report, limit, seen.folder.golden_real)
     if seen.parity is not None:
         yield from _report(f"{seen.parity.probes} images", seen.parity, limit)
         return
-    yield Check("at its export", "verdict", seen.folder.verdict)
-    saved = read_parity(seen.folder.path / PARITY)
-    yield from _report("at its export", saved.report, limit)
+    yield Check(AT_EXPORT, "verdict", seen.folder.verdict, said=why_undecided(seen.saved.report))
+    yield from _report(AT_EXPORT, seen.saved.report, limit)
 
 
 def _built(claims: Claims, precision: Precision) -> Iterator[Check]:
@@ -129,16 +144,20 @@ def _built(claims: Claims, precision: Precision) -> Iterator[Check]:
 
 def _report(group: str, report: ParityReport, limit: float) -> Iterator[Check]:
     for rung in report.rungs:
-        yield Check(group, f"rung {rung.name}", rung.verdict, rung.decisive, rung.rel, rung.limit)
+        is_open = rung.decisive and rung.verdict is Verdict.INCONCLUSIVE
+        said = rung_undecided(rung) if is_open else None
+        yield Check(group, f"rung {rung.name}", rung.verdict, rung.decisive, rung.rel, rung.limit, said)
     for seen in report.witnesses:
         yield from _outputs(group, seen, limit)
 
 
-def _outputs(group: str, seen: WitnessReport, limit: float) -> Iterator[Check]:
+def _outputs(group: str, seen: WitnessReport, limit: float, real: int | None = None) -> Iterator[Check]:
     by = f"by {seen.witness.name} ({seen.witness.kind})"
     if seen.failure is not None:
         yield Check(group, f"run {by}", seen.verdict, said=seen.failure.message)
     elif seen.witness.kind is WitnessKind.BUILDER:
         yield Check(group, f"taken {by}", seen.verdict)
     for output in seen.outputs:
-        yield Check(group, f"{output.name}, {by}", output.verdict, True, output.rel, seen.limit or limit)
+        own = seen.limit or limit
+        said = output_undecided(output, own, real) if output.verdict is Verdict.INCONCLUSIVE else None
+        yield Check(group, f"{output.name}, {by}", output.verdict, True, output.rel, own, said)

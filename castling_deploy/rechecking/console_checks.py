@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from castling_deploy.console import MEANING, marked, number
+from castling_deploy.console import STYLES, marked, number
 from castling_deploy.parity import Verdict, WitnessReport
-from castling_deploy.rechecking.checks import Check, Examined
-from castling_deploy.rechecking.saved import PARITY, read_parity
+from castling_deploy.rechecking.checks import AT_EXPORT, Check, Examined
+from castling_deploy.target import WitnessKind
 
 CLAIMS: Mapping[str, str] = {
     "cast": "the auxiliary branch was cast away; an approximation, judged by the task's score",
@@ -24,17 +24,18 @@ CLAIMS: Mapping[str, str] = {
 
 
 def print_examined(seen: Examined, console: Console) -> None:
-    """Every check of one folder, in two tables; an error is told by its caller."""
+    """Every check of one folder, in two tables, and what they come to; an error is told by its caller."""
     if seen.recheck is None:
         return
     folder = seen.recheck.folder
-    console.print(f"{folder.path}: {folder.target} {folder.precision}, as it was exported", soft_wrap=True)
+    console.print(f"{folder.path}: {folder.target} {folder.precision}, every file as it was exported", soft_wrap=True)
     for check in seen.checks:
         if check.group == "built":
             said = "" if check.said is None else f": {check.said}"
             console.print(Text.assemble(f"built {check.name}: ", marked(check.verdict), said), soft_wrap=True)
     _print_ladder(seen, console)
-    table = Table(title="who ran it", title_justify="left", show_edge=False, pad_edge=False)
+    how = "on the golden images" if seen.recheck.parity is None else "compared with the checkpoint"
+    table = Table(title=f"who ran it now, {how}", title_justify="left", show_edge=False, pad_edge=False)
     for column in ("witness", "its word", "images", "output", "error / spread", "limit", "verdict"):
         table.add_column(column, overflow="fold")
     reports = seen.recheck.golden if seen.recheck.parity is None else seen.recheck.parity.witnesses
@@ -45,20 +46,44 @@ def print_examined(seen: Examined, console: Console) -> None:
         table.add_row(absent.name, "not here", "-", "-", "-", "-", Text("not run", "yellow"))
     console.print(table)
     for kind in dict.fromkeys(report.witness.kind for report in reports):
-        console.print(f"  {kind}: {MEANING[kind]}", style="dim", soft_wrap=True)
+        console.print(f"  {kind}: {kind.meaning}", style="dim", soft_wrap=True)
     for report in reports:
         if report.failure is not None:
             console.print(f"! {report.witness.name}: {report.failure.message}", style="red", soft_wrap=True)
     for absent in seen.recheck.absent:
         console.print(f"  to run {absent.name}: {absent.missing.fix}", soft_wrap=True)
+    if seen.verdict is not None:
+        console.print(closing(seen), style=STYLES[seen.verdict], soft_wrap=True)
+
+
+def closing(seen: Examined) -> str:
+    """The verdict of a folder in one line: what a pass rests on, or what kept it from one."""
+    assert seen.recheck is not None and seen.verdict is not None
+    path, parity = seen.recheck.folder.path, seen.recheck.parity
+    if seen.verdict is not Verdict.PASS:
+        return f"{seen.verdict}: {path}: {seen.reason}"
+    reports = seen.recheck.golden if parity is None else parity.witnesses
+    names = ", ".join(report.witness.name for report in reports if report.witness.kind is not WitnessKind.BUILDER)
+    if not names:
+        return f"pass: {path} is what passed at its export, and can be built; nobody ran it now"
+    images = f"{max(report.images or 0 for report in reports)} {'golden ' if parity is None else ''}images"
+    errors = [
+        (check.rel / check.limit, check.rel, check.limit)
+        for check in seen.checks
+        if check.group != AT_EXPORT and not check.name.startswith("rung ") and check.rel is not None and check.limit
+    ]
+    _, rel, limit = max(errors)
+    return f"pass: {path} computes what PyTorch computes on {images} (worst {rel:.1e} of {limit:.0e}, run by {names})"
 
 
 def _print_ladder(seen: Examined, console: Console) -> None:
     assert seen.recheck is not None
-    document = read_parity(seen.recheck.folder.path / PARITY).document
+    document = seen.recheck.saved.document
     groups = {check.group: None for check in seen.checks if check.name.startswith("rung ")}
     for group in groups:
-        table = Table(title=f"from the checkpoint, {group}", title_justify="left", show_edge=False, pad_edge=False)
+        when = "as its export found them; not run again" if group == AT_EXPORT else f"run again now, on {group}"
+        title = f"the steps from the checkpoint to the artefact, {when}"
+        table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
         for column in ("step", "claim", "error / spread", "limit", "verdict"):
             table.add_column(column, overflow="fold")
         for check in seen.checks:

@@ -9,21 +9,22 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from castling_deploy.artifact import Folder, read_folder
+from castling_deploy.artifact import Folder, network_for, read_folder
 from castling_deploy.errors import CrashError, ExportError, ParityError, TargetUnavailableError, UsageError
 from castling_deploy.execution import inputs_for, repeated
 from castling_deploy.isolation import Call, Limits, Worker
 from castling_deploy.ladder import Ladder
 from castling_deploy.latency import Timing, interleaved, timed
-from castling_deploy.localising.rebuilt import rebuilt
-from castling_deploy.parity import Array, Failure, ParityReport, Reference, Verdict, WitnessReport
+from castling_deploy.localising.rebuilt import Rebuilt, rebuilt
+from castling_deploy.parity import Array, Failure, ParityReport, Reference, Rung, Verdict, WitnessReport
 from castling_deploy.probes import Probes
 from castling_deploy.progress import Advance, Progress, Silent
 from castling_deploy.rechecking.claims import Claims, examined
-from castling_deploy.runner import ALL, Runner, chosen, runners_of
-from castling_deploy.target import Missing, Target, target_named
+from castling_deploy.rechecking.saved import PARITY, SavedParity, read_parity
+from castling_deploy.runner import ALL, Runner, chosen, require_known, runners_of
+from castling_deploy.target import Missing, Target, options_for, target_named
 from castling_deploy.task import task_named
-from castling_deploy.verification import observed, opened, parity_report, testimony, witnessed
+from castling_deploy.verification import lowered_rung, observed, opened, parity_report, testimony, witnessed
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,11 @@ class Absent:
 class Recheck:
     """What a second look at a folder found: against its golden outputs, and against the checkpoint if it was named.
 
-    `golden` has a report for every runner that was asked for and is here.
+    `saved` is what its export found, `golden` has a report for every runner that was asked for and is here.
     """
 
     folder: Folder
+    saved: SavedParity
     claims: Claims
     golden: tuple[WitnessReport, ...]
     absent: tuple[Absent, ...] = ()
@@ -73,6 +75,7 @@ def verify(
     folder is no artefact or a name of `on` is unknown; TargetUnavailableError when a named runtime is not here.
     """
     progress, limits = progress or Silent(), limits or Limits()
+    require_known(on)
     with progress.stage("check the files against the manifest"):
         folder = read_folder(Path(path))
         changed = folder.changed()
@@ -81,6 +84,7 @@ def verify(
                 f"'{path}' is not as it was exported; changed, missing or added: {', '.join(changed)}",
                 hint="export it again; a changed artefact has not been verified",
             )
+    saved = read_parity(folder.path / PARITY)
     target = target_named(folder.target)
     able, absent = _able(target, folder, on)
     with progress.stage(f"{target.name}: read back what was built"):
@@ -99,14 +103,27 @@ def verify(
 
     golden = _heard(able, look, f"run {len(images)} golden images", progress, limits)
     if checkpoint is None:
-        return Recheck(folder, claims, golden, absent)
-    ladder = rebuilt(folder, Path(checkpoint), progress).ladder
+        return Recheck(folder, saved, claims, golden, absent)
+    again = rebuilt(folder, Path(checkpoint), progress)
+    ladder = again.ladder
 
     def compare(runner: Runner, call: Call, advance: Advance) -> WitnessReport:
         return witnessed(runner, folder.artifact, folder.path, ladder, folder.precision, advance, call)
 
+    lowered = _lowered(target, folder, again, progress, limits)
     reports = _heard(able, compare, "verify against the checkpoint", progress, limits)
-    return Recheck(folder, claims, golden, absent, ladder, parity_report(ladder, folder.precision, reports))
+    parity = parity_report(ladder, folder.precision, reports, lowered)
+    return Recheck(folder, saved, claims, golden, absent, ladder, parity)
+
+
+def _lowered(target: Target, folder: Folder, again: Rebuilt, progress: Progress, limits: Limits) -> Rung | None:
+    """What the target's rewrites change, judged again; None where its toolchain is not here. Raises ExportError."""
+    if target.missing() is not None:
+        return None
+    network = network_for(again.card, again.ladder.folded, max(1, folder.artifact.inputs[0].shape[0]))
+    asked = {name: value for name, value in folder.manifest["options"].items() if value is not None}
+    with progress.stage(f"{target.name}: lower the network again"), Worker(limits) as worker:
+        return lowered_rung(target, network, options_for(target, asked), again.ladder, worker.call)
 
 
 def _able(target: Target, folder: Folder, on: Sequence[str]) -> tuple[tuple[Runner, ...], tuple[Absent, ...]]:

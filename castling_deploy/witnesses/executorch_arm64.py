@@ -18,6 +18,7 @@ class ExecuTorchArm64:
     """`model.pte` by ExecuTorch for aarch64, through the runner that the set-up compiled."""
 
     name = "arm64"
+    about = "the runtime's own build for Arm, emulated"
     targets: tuple[str, ...] = ("executorch",)
     images: int | None = IMAGES
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from castling_deploy.target import Artifact, Missing, Witness, WitnessKind
+from castling_deploy.target import Artifact, Missing, Precision, Witness, WitnessKind
 
 if TYPE_CHECKING:
     from castling_deploy.runner import Advance, Values
@@ -27,8 +27,10 @@ class MilHalf:
     """
 
     name = "mil-fp16"
+    about = "the evaluator with every sum rounded to float16"
     targets: tuple[str, ...] = ("coreml",)
     images: int | None = IMAGES
+    precisions: tuple[Precision, ...] = (Precision.FP16,)
 
     def missing(self) -> Missing | None:
         if find_spec("coremltools") is None:  # its description of the file format

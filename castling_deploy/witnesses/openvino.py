@@ -27,6 +27,7 @@ class OpenVINO:
     """Every artefact is computed in float32, on one thread, whatever the CPU could do besides."""
 
     name = "openvino"
+    about = "Intel's runtime on this CPU"
     targets: tuple[str, ...] = ("onnx",)
     images: int | None = None
 

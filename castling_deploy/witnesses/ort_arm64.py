@@ -23,6 +23,7 @@ class OrtArm64:
     """`model.onnx` by ONNX Runtime for aarch64."""
 
     name = "arm64"
+    about = "the runtime's own build for Arm, emulated"
     targets: tuple[str, ...] = ("onnx",)
     images: int | None = IMAGES
 

@@ -17,8 +17,10 @@ class OrtHalf:
     """No float16 export is verified without it: overflows that a GPU or a phone would see are seen here alone."""
 
     name = "ort-fp16"
+    about = "ONNX Runtime, made to round where float16 is stored"
     targets: tuple[str, ...] = ("onnx", "tensorrt")
     images: int | None = None
+    precisions: tuple[Precision, ...] = (Precision.FP16,)  # a float32 graph never says so
     required: tuple[Precision, ...] = (Precision.FP16,)
 
     def missing(self) -> Missing | None:

@@ -31,6 +31,7 @@ class OrtWeb:
     """One thread, the wasm provider; the GPU of a browser is another matter, and the one of this machine's is none."""
 
     name = "web"
+    about = "ONNX Runtime for web pages, in a headless browser"
     targets: tuple[str, ...] = ("onnx",)
     images: int | None = 32
 

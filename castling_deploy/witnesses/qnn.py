@@ -32,6 +32,7 @@ class QnnHost:
     """
 
     name = "qnn"
+    about = "Qualcomm's NPU, which computes in float16, simulated"
     targets: tuple[str, ...] = ("onnx",)
     images: int | None = 8  # one takes 0.7 s of the bundled LeViT, 13 s of DeiT-T
 

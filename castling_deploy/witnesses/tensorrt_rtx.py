@@ -22,6 +22,7 @@ class RtxBuilder:
     """The engine is built and thrown away: the artefact's own may be of another builder, or not be there at all."""
 
     name = "rtx"
+    about = "NVIDIA's builder: it makes an engine and runs nothing"
     targets: tuple[str, ...] = ("tensorrt",)
     images: int | None = 0
 
