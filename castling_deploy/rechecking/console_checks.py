@@ -33,6 +33,9 @@ def print_examined(seen: Examined, console: Console) -> None:
         if check.group == "built":
             said = "" if check.said is None else f": {check.said}"
             console.print(Text.assemble(f"built {check.name}: ", marked(check.verdict), said), soft_wrap=True)
+    if seen.recheck.contradicted:
+        console.print("nothing was run: the files are something else than the manifest claims", style="red")
+        return
     _print_ladder(seen, console)
     table = Table(title="who ran it", title_justify="left", show_edge=False, pad_edge=False)
     for column in ("witness", "its word", "images", "output", "error / spread", "limit", "verdict"):
