@@ -152,9 +152,7 @@ def target_relabelled(folder: Path) -> None:
     own = target_named(manifest_of(folder)["target"])
     others = [target_named(name) for name in TARGETS if name != own.name]
     other = next((other for other in others if other.file == own.file), others[0])
-    (folder / own.file).rename(folder / other.file)
-    files = [other.file if name == own.file else name for name in manifest_of(folder)["model_files"]]
-    reseal(folder, target=other.name, model_files=files)
+    reseal(folder, target=other.name)
 
 
 def _input(folder: Path, **changes: Any) -> None:
