@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from castling_deploy import contract
 from castling_deploy.artifact import read_folder, sealed
 from castling_deploy.export.pte_contents import pte_contents
 from castling_deploy.folder import MANIFEST, files_in, sha256
-from castling_deploy.target import Readable, target_named
+from castling_deploy.plain import plain
+from castling_deploy.rechecking.golden import judged_by, read_golden
+from castling_deploy.rechecking.saved import PARITY
+from castling_deploy.selftests.facts import golden_document
+from castling_deploy.target import TARGETS, Readable, target_named
 
 Weights = npt.NDArray[np.floating]
 
@@ -129,6 +135,182 @@ def precision_relabelled(folder: Path) -> None:
     reseal(folder, precision="fp32" if manifest_of(folder)["precision"] == "fp16" else "fp16")
 
 
+def _claim(folder: Path, change: Callable[[dict[str, Any]], object], file: str = MANIFEST) -> None:
+    """One of the folder's documents changed, and the manifest resealed."""
+    document = json.loads((folder / file).read_text())
+    change(document)
+    (folder / file).write_text(json.dumps(document))
+    reseal(folder)
+
+
+def _parity(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    _claim(folder, change, PARITY)
+
+
+def target_relabelled(folder: Path) -> None:
+    """As one that writes a file of the same name, where there is one."""
+    own = target_named(manifest_of(folder)["target"])
+    others = [target_named(name) for name in TARGETS if name != own.name]
+    other = next((other for other in others if other.file == own.file), others[0])
+    reseal(folder, target=other.name)
+
+
+def _input(folder: Path, **changes: Any) -> None:
+    """The first input changed, and the steps of preprocessing that name it."""
+    seen = read_folder(folder)
+    spec = replace(seen.artifact.inputs[0], **changes)
+    reseal(folder, inputs=plain([spec]), preprocessing_steps=plain(contract.steps(seen.preprocessing, spec)))
+
+
+def input_renamed(folder: Path) -> None:
+    _input(folder, name="picture")
+
+
+def input_with_another_batch(folder: Path) -> None:
+    batch, *rest = read_folder(folder).artifact.inputs[0].shape
+    _input(folder, shape=(batch + 1, *rest))
+
+
+def input_of_another_dtype(folder: Path) -> None:
+    _input(folder, dtype="float64")
+
+
+def input_with_another_layout(folder: Path) -> None:
+    _input(folder, layout="NCWH")
+
+
+def output_reshaped(folder: Path) -> None:
+    _claim(folder, lambda manifest: manifest["outputs"][0]["shape"].append(1))
+
+
+def output_with_another_layout(folder: Path) -> None:
+    _claim(folder, lambda manifest: manifest["outputs"][0].update(layout="CN"))
+
+
+def output_added(folder: Path) -> None:
+    """One that would follow from the others, were it there."""
+    _claim(folder, lambda manifest: manifest["outputs"].append({**manifest["outputs"][0], "name": "scores"}))
+
+
+def _model(folder: Path, **changes: Any) -> None:
+    _claim(folder, lambda manifest: manifest["model"].update(changes))
+
+
+def model_renamed(folder: Path) -> None:
+    _model(folder, name="another-network")
+
+
+def family_relabelled(folder: Path) -> None:
+    _model(folder, family="castling-mvitv2")
+
+
+def task_relabelled(folder: Path) -> None:
+    _model(folder, task="segmentation" if manifest_of(folder)["model"]["task"] != "segmentation" else "detection")
+
+
+def classes_miscounted(folder: Path) -> None:
+    model = manifest_of(folder)["model"]
+    _model(folder, classes=model["classes"] + 1, config={**model["config"], "classes": model["classes"] + 1})
+
+
+def a_label_dropped(folder: Path) -> None:
+    reseal(folder, labels=manifest_of(folder)["labels"][:-1])
+
+
+def options_relabelled(folder: Path) -> None:
+    _claim(folder, lambda manifest: manifest["options"].update(opset=25, input="image"))
+
+
+def details_edited(folder: Path) -> None:
+    """The first detail that is counted."""
+    details = manifest_of(folder)["details"]
+    name = next(name for name in details if isinstance(details[name], int | dict))
+    reseal(folder, details={**details, name: 7})
+
+
+def tools_relabelled(folder: Path) -> None:
+    _claim(folder, lambda manifest: manifest["tools"].update(torch="1.13.0"))
+
+
+def golden_limit_loosened(folder: Path) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        for output in manifest["golden"]["outputs"]:
+            output["limit"] *= 100
+
+    _claim(folder, change)
+
+
+def golden_spreads_loosened(folder: Path) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        for output in manifest["golden"]["outputs"]:
+            output["spreads"] = [100 * spread for spread in output["spreads"]]
+
+    _claim(folder, change)
+
+
+def flat_images_called_real(folder: Path) -> None:
+    """The spreads follow, as they would have been written."""
+    images = len(np.load(folder / "golden" / "images.npy"))
+    golden = {**manifest_of(folder)["golden"], "real": images}
+    reseal(folder, golden=golden)
+    seen = read_folder(folder)
+    reseal(folder, golden=plain(golden_document(judged_by(read_golden(seen), seen), images)))
+
+
+def noise_exaggerated(folder: Path) -> None:
+    """A wrong output would be called undecided then; the limits of the golden outputs follow."""
+    reseal(folder, noise_rel={name: 1e3 * noise for name, noise in manifest_of(folder)["noise_rel"].items()})
+    seen = read_folder(folder)
+    reseal(folder, golden=plain(golden_document(judged_by(read_golden(seen), seen), seen.golden_real)))
+
+
+def parity_limit_loosened(folder: Path) -> None:
+    def change(parity: dict[str, Any]) -> None:
+        for judged in (parity["rungs"][-1], *parity["witnesses"]):
+            judged["limit"] *= 100
+
+    _parity(folder, change)
+
+
+def parity_spread_loosened(folder: Path) -> None:
+    """With the errors that are divided by it."""
+
+    def change(parity: dict[str, Any]) -> None:
+        for output in (output for seen in parity["witnesses"] for output in seen["outputs"]):
+            output.update(spread=100 * output["spread"], rel=output["rel"] / 100)
+        parity["rungs"][-1]["rel"] /= 100
+
+    _parity(folder, change)
+
+
+def parity_with_a_smaller_error(folder: Path) -> None:
+    def change(parity: dict[str, Any]) -> None:
+        parity["rungs"][-1]["rel"] /= 2
+
+    _parity(folder, change)
+
+
+def _text(folder: Path, name: str, old: str, new: str) -> None:
+    path = folder / name
+    text = path.read_text()
+    if old not in text:
+        raise LookupError(f"'{old}' does not stand in {name}")
+    path.write_text(text.replace(old, new, 1))
+    reseal(folder)
+
+
+def selftest_that_always_passes(folder: Path) -> None:
+    _text(folder, "selftest/selftest.py", "FAIL", "PASS")
+
+
+def readme_with_another_error(folder: Path) -> None:
+    _text(folder, "README.md", "| pass |", "| pass, exactly |")
+
+
+def readme_that_loads_something_else(folder: Path) -> None:
+    _text(folder, "README.md", "```python\n", "```python\nimport another_model\n")
+
+
 def of_another_checkpoint(folder: Path) -> None:
     checkpoint = manifest_of(folder)["checkpoint"]
     reseal(folder, checkpoint={**checkpoint, "sha256": "0" * 64})
@@ -176,6 +358,32 @@ EDITS: Mapping[str, Callable[[Path], None]] = {
         manifest_with_another_crop,
         precision_relabelled,
         of_another_checkpoint,
+        target_relabelled,
+        input_renamed,
+        input_with_another_batch,
+        input_of_another_dtype,
+        input_with_another_layout,
+        output_reshaped,
+        output_with_another_layout,
+        output_added,
+        model_renamed,
+        family_relabelled,
+        task_relabelled,
+        classes_miscounted,
+        a_label_dropped,
+        options_relabelled,
+        details_edited,
+        tools_relabelled,
+        golden_limit_loosened,
+        golden_spreads_loosened,
+        flat_images_called_real,
+        noise_exaggerated,
+        parity_limit_loosened,
+        parity_spread_loosened,
+        parity_with_a_smaller_error,
+        selftest_that_always_passes,
+        readme_with_another_error,
+        readme_that_loads_something_else,
         golden_images_brightened,
         golden_outputs_exchanged,
         one_byte_changed,

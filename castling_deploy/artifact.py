@@ -16,6 +16,7 @@ from torch import nn
 
 from castling_deploy import contract, documents
 from castling_deploy.errors import UsageError
+from castling_deploy.facts import network_facts
 from castling_deploy.folder import MANIFEST, files_in, sha256
 from castling_deploy.identify import ModelCard
 from castling_deploy.inspection import parameters
@@ -26,9 +27,10 @@ from castling_deploy.parity import TOLERANCES, ParityReport, Reference, Verdict
 from castling_deploy.plain import SCHEMA, plain
 from castling_deploy.preprocessing import Preprocessing
 from castling_deploy.range_audit import Audit
+from castling_deploy.readme import readme
 from castling_deploy.selftests.facts import GoldenOutput, facts_of, golden_document, golden_output
 from castling_deploy.selftests.texts import texts
-from castling_deploy.target import Artifact, Network, Precision, Quantisation, Target, TensorSpec
+from castling_deploy.target import Artifact, Missing, Network, Precision, Quantisation, Target, TensorSpec
 
 SEAL = "manifest_sha256"  # the manifest's key for the hash of all its others
 GOLDEN_IMAGES = 8  # real ones
@@ -46,8 +48,8 @@ def network_for(
 ) -> Network:
     """What the exporters are handed: the folded network with its interface and the facts that travel inside a file.
 
-    `audit` is for float16, and tells them what has to stay in float32; `quantisation` is for int8. Raises
-    ExportError where all of it has to stay in float32.
+    `audit` is for float16, and tells them what has to stay in float32; `quantisation` is for int8. Raises ParityError
+    where all of it has to stay in float32.
     """
     height, width = card.config.image_size
     return Network(
@@ -62,15 +64,13 @@ def network_for(
         labels=card.labels,
         description=f"{card.name}: a {card.family} network ({card.reference}), auxiliary branch cast away, "
         "BatchNorm folded",
-        metadata={
-            "model": card.name,
-            "family": card.family,
-            "reference": card.reference,
-            "checkpoint_sha256": card.checkpoint_sha256 or "none",
-            "castling_deploy": version("castling-deploy"),
-            "preprocessing": json.dumps(plain(card.preprocessing)),
-            "labels": json.dumps(card.labels),
-        },
+        metadata=network_facts(
+            documents.network_document(card),
+            card.checkpoint_sha256,
+            version("castling-deploy"),
+            card.preprocessing,
+            card.labels,
+        ),
         islands=audit.module_paths() if audit else (),
         reductions=audit.reduction_paths() if audit else (),
         quantisation=quantisation,
@@ -102,7 +102,8 @@ def describe(
     documents.write(folder / "parity.json", documents.parity_document(parity, ladder))
     if latency is not None:
         documents.write(folder / "latency.json", documents.latency_document(latency))
-    (folder / "README.md").write_text(_readme(card, target, precision, artifact, parity), encoding="utf-8")
+    told = readme(card.name, card.warnings, target, precision, card.preprocessing, artifact, parity)
+    (folder / "README.md").write_text(told.around(artifact.usage), encoding="utf-8")
     documents.write(
         folder / MANIFEST,
         sealed(
@@ -164,63 +165,6 @@ def _write_golden(
     return count, tuple(judged)
 
 
-def _readme(card: ModelCard, target: Target, precision: Precision, artifact: Artifact, parity: ParityReport) -> str:
-    steps = contract.steps(card.preprocessing, artifact.inputs[0])
-    mark = "" if parity.verdict is Verdict.PASS else f"\n> **Parity: {parity.verdict}.** Do not ship this artefact.\n"
-    notes = [f"- {note}" for note in (*card.warnings, *artifact.details.get("notes", ()))]
-    if artifact.details.get("islands"):
-        notes.append(f"- in float32: {', '.join(artifact.details['islands'])} (why: `range_audit` in parity.json)")
-    lines = [
-        f"# {card.name} for {target.name}, {precision}",
-        mark,
-        "Witnesses:",
-        "",
-        "| witness | kind | output | rel | verdict |",
-        "|---|---|---|---|---|",
-    ]
-    for seen in parity.witnesses:
-        for output in seen.outputs:
-            rel = "-" if output.rel is None else f"{output.rel:.1e}"
-            lines.append(f"| {seen.witness.name} | {seen.witness.kind} | {output.name} | {rel} | {output.verdict} |")
-    lines += [
-        "",
-        *notes,
-        *([""] if notes else []),
-        "## Input",
-        "",
-        *(
-            f"- `{spec.name}`: {spec.dtype} {list(spec.shape)}, {spec.layout}, {spec.content}"
-            for spec in artifact.inputs
-        ),
-        "- outputs: " + ", ".join(f"`{spec.name}` {list(spec.shape)}" for spec in artifact.outputs),
-        "",
-        "From a picture to the input, exact to the last bit:",
-        "",
-        *(f"{number}. **{each.step}**: {each.rule}." for number, each in enumerate(steps, 1)),
-        "",
-        "`golden/images.npy` holds real images at the network's size (uint8, channels last: after the crop), the other "
-        "files beside it what the PyTorch reference says of them.",
-        "",
-        "## Loading it",
-        "",
-        artifact.usage.strip(),
-        "",
-    ]
-    if artifact.unfinished is not None:
-        lines += ["## What is left to do", "", artifact.unfinished.reason, "", f"    {artifact.unfinished.fix}", ""]
-    lines += [
-        "## Checking it",
-        "",
-        "    castling verify .",
-        "",
-        "and without castling-deploy, by the programs in `selftest/` (its README says how): "
-        + ", ".join(f"`{name}`" for name in target.selftests)
-        + ".",
-        "",
-    ]
-    return "\n".join(lines)
-
-
 @dataclass(frozen=True)
 class Folder:
     """An artefact folder that was read back, and its manifest as it stands on disk; `verdict` is that of its export."""
@@ -262,10 +206,14 @@ def read_folder(path: Path) -> Folder:
             f"'{path}' is no artefact folder: its {MANIFEST} cannot be read ({error})",
             hint="name a folder that `castling export` wrote",
         ) from None
-    schema = manifest.get("schema") if isinstance(manifest, dict) else None
-    if schema != SCHEMA:
+    if not isinstance(manifest, dict) or "schema" not in manifest:
         raise UsageError(
-            f"'{path}' has a manifest of schema {schema}, this version reads schema {SCHEMA}",
+            f"the {MANIFEST} of '{path}' names no 'schema': it is empty, or is not what `castling export` wrote",
+            hint=f"put the {MANIFEST} of the export back, or export the artefact again",
+        )
+    if manifest["schema"] != SCHEMA:
+        raise UsageError(
+            f"'{path}' has a manifest of schema {manifest['schema']!r}, this version reads schema {SCHEMA}",
             hint="use the castling-deploy that wrote it",
         )
     try:
@@ -277,12 +225,13 @@ def read_folder(path: Path) -> Folder:
             loads_with=tuple(manifest["loads_with"]),
             usage="",
             details=manifest["details"],
+            unfinished=None if manifest["unfinished"] is None else Missing(**manifest["unfinished"]),
         )
         precision = Precision(manifest["precision"])
         if precision not in TOLERANCES:
             raise ValueError(f"nothing is built in {precision}")
-        if not manifest["noise_rel"] or not artifact.files:
-            raise ValueError("it names no output, or no file of the model")
+        if int(manifest["golden"]["real"]) < 1 or not manifest["noise_rel"] or not artifact.files:
+            raise ValueError("it names no output, no golden image, or no file of the model")
         preprocessing: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in manifest["preprocessing"].items()
         }
@@ -299,7 +248,11 @@ def read_folder(path: Path) -> Folder:
             manifest["checkpoint"]["sha256"],
             dict(manifest["files"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except KeyError as error:
+        raise UsageError(
+            f"the manifest of '{path}' is damaged: it lacks {error}", hint="export the artefact again"
+        ) from None
+    except (TypeError, ValueError, AttributeError) as error:
         raise UsageError(
             f"the manifest of '{path}' is damaged: {type(error).__name__}: {error}", hint="export the artefact again"
         ) from None

@@ -38,12 +38,16 @@ def checkpoint_document(card: ModelCard) -> dict[str, Any]:
 
 def model_document(card: ModelCard, parameters: int) -> dict[str, Any]:
     """What the network is; `parameters` are those of the cast network."""
+    return {**network_document(card), "parameters": parameters}
+
+
+def network_document(card: ModelCard) -> dict[str, Any]:
+    """What the network is, as far as its checkpoint tells."""
     return {
         "name": card.name,
         "family": card.family,
         "task": card.task,
         "reference": card.reference,
-        "parameters": parameters,
         "image_size": card.config.image_size,
         "classes": card.config.classes,
         "config": plain(card.config),
@@ -102,6 +106,7 @@ def int8_document(lowered: Lowered) -> dict[str, Any]:
     return {
         "activations": "int8" if lowered.quantisation.symmetric else "uint8",
         "drop": lowered.drop,
+        "max_drop": lowered.max_drop,
         "labelled": lowered.labelled,
         "ranges": {path: list(ends) for path, ends in lowered.quantisation.ranges.items()},
         "kept_in_float": lowered.kept,

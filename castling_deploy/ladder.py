@@ -13,7 +13,18 @@ from torch import nn
 from castling_deploy.castle import LayerCast, castle, measure_cast
 from castling_deploy.errors import CheckpointError
 from castling_deploy.fold import FoldStep, fold
-from castling_deploy.parity import Array, Reference, Rung, Tolerance, Verdict, compare, worst
+from castling_deploy.parity import (
+    CAST,
+    FOLD,
+    FOLD_TOLERANCE,
+    Array,
+    Reference,
+    Rung,
+    Tolerance,
+    Verdict,
+    compare,
+    worst,
+)
 from castling_deploy.probes import Probes
 from castling_deploy.range_audit import Audit, audit
 from castling_deploy.rewrite import copied
@@ -21,8 +32,6 @@ from castling_deploy.target import Quantisation
 from castling_deploy.task import Outputs, Task
 
 BATCH = 8  # images at once: a softmax map of MViTv2 takes 39 MB per image and head
-# Folding is exact in real arithmetic. In float64 a deep network repeats itself to about 1e-14 of the spread.
-FOLD_TOLERANCE = Tolerance(1e-9, float(np.finfo(np.float64).eps))
 EXACT_PROBES = 4  # that run in float64
 EVIDENCE_IMAGES = 8  # that the cast's evidence is gathered on
 # What the cast may cost of the task's score on labelled images, in percent, before it is called harmful.
@@ -34,8 +43,8 @@ class Lowered:
     """The network of an int8 artefact in PyTorch: its outputs, and what its 8 bits cost against the cast network.
 
     `kept` are the Linears that stay in float for the accuracy that was asked for; `ranking` holds all of them with the
-    error that each makes alone, where that had to be known. `drop` is in points of the task's score; `labelled` says
-    whether labels told it.
+    error that each makes alone, where that had to be known. `drop`, of which `max_drop` is allowed, is in points of the
+    task's score; `labelled` says whether labels told it.
     """
 
     quantisation: Quantisation
@@ -44,6 +53,7 @@ class Lowered:
     kept: tuple[str, ...]
     ranking: tuple[tuple[str, float], ...]
     drop: float
+    max_drop: float
     labelled: bool
 
 
@@ -83,7 +93,7 @@ class Ladder:
     def cast_rung(self) -> Rung:
         """The cast's own gap. It is an approximation: judged by the task's score where labels are known, else open."""
         if self.already_cast:
-            return Rung("cast", None, None, Verdict.INCONCLUSIVE)
+            return Rung(CAST, None, None, Verdict.INCONCLUSIVE)
         rel = worst(
             reference.rel(self.trained_outputs[name], reference.outputs) for name, reference in self.references.items()
         )
@@ -91,7 +101,7 @@ class Ladder:
         before, after = self.trained_score, self.reference_score
         if before is not None and after is not None:
             verdict = Verdict.PASS if before - after <= CAST_MAX_DROP else Verdict.FAIL
-        return Rung("cast", rel, None, verdict)
+        return Rung(CAST, rel, None, verdict)
 
     @cached_property
     def range_audit(self) -> Audit:
@@ -165,7 +175,7 @@ def climb(
         {name: Reference(handed[name], few.real, references[name].noise) for name in names},
         layers,
         tuple(steps),
-        exact_rung("fold", noiseless, exact_folded, FOLD_TOLERANCE),
+        exact_rung(FOLD, noiseless, exact_folded, FOLD_TOLERANCE),
         already_cast,
     )
 

@@ -23,6 +23,8 @@ Array = npt.NDArray[np.floating]
 
 MIN_POWER = 0.95  # share of image pairs that the gate has to tell apart
 DISTANCE_IMAGES = 64  # whose pairwise distances are taken: 2,016 pairs
+CAST, FOLD = "cast", "fold"  # the first rungs
+QUANTISED = "quantised"  # the rung of what 8 bits cost
 LOWERED = "lowered"  # the rung of the graph that a converter is handed
 EXPORTED = "exported"  # the rung that the witnesses stand on
 COMPILED = "compiled"  # the rung of the devices among them, where others stand on the one before
@@ -60,6 +62,8 @@ TOLERANCES: Mapping[Precision, Tolerance] = {
     # in the layers behind it.
     Precision.INT8: Tolerance(5e-2, 2.0**-8),
 }
+# Folding is exact in real arithmetic. In float64 a deep network repeats itself to about 1e-14 of the spread.
+FOLD_TOLERANCE = Tolerance(1e-9, float(np.finfo(np.float64).eps))
 # A lowered graph is exact but for its constants (1/C, 2**-0.5), which are float32: 3e-8 on the bundled segmenter. The
 # limit is a tenth of what float32 arithmetic may do.
 LOWERED_TOLERANCE = Tolerance(1e-5, float(np.finfo(np.float32).eps))
@@ -225,6 +229,29 @@ class ParityReport:
             if self.witnesses
             else [*decisive, Verdict.INCONCLUSIVE]
         )
+
+
+def witness_rungs(precision: Precision, witnesses: Sequence[WitnessReport]) -> tuple[Rung, ...]:
+    """The last rungs, where the witnesses stand that computed in this precision.
+
+    A device runs what it compiled itself: beside others, it has a rung of its own.
+    """
+    tolerance = TOLERANCES[precision]
+    same = [seen for seen in witnesses if seen.limit in (None, tolerance.limit)]
+    devices = [seen for seen in same if seen.witness.kind is WitnessKind.DEVICE]
+    others = [seen for seen in same if seen not in devices] or devices
+    rungs = [_witness_rung(EXPORTED, others, tolerance)]
+    if devices and others != devices:
+        rungs.append(_witness_rung(COMPILED, devices, tolerance))
+    return tuple(rungs)
+
+
+def _witness_rung(name: str, witnesses: Sequence[WitnessReport], tolerance: Tolerance) -> Rung:
+    """The gravest of what these found."""
+    outputs = [output for seen in witnesses for output in seen.outputs]
+    comparable = all(output.max_abs is not None for output in outputs)  # no NaN, and the right shape
+    rel = worst(output.rel for output in outputs) if comparable else None
+    return Rung(name, rel, tolerance.limit, Verdict.worst([seen.verdict for seen in witnesses]))
 
 
 def compare(

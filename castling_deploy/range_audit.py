@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from castling_deploy.errors import ExportError
+from castling_deploy.errors import ExportError, ParityError
 from castling_deploy.export.binary16 import LARGEST, LONGEST_SUM, SMALLEST_NORMAL, UNIT_ROUNDOFF, fits
 from castling_deploy.export.scopes import inside, kind, module_stack
 from castling_deploy.half_profile import LIMIT, Profile, profile
@@ -133,10 +133,10 @@ class Audit:
         return tuple(op for op in self.ops if op.constant is not None and op.constant < SAFE_EPS)
 
     def module_paths(self) -> tuple[str, ...]:
-        """Modules to be computed in float32. Raises ExportError where that is the whole network."""
+        """Modules to be computed in float32. Raises ParityError where that is the whole network."""
         for island in self.islands:
             if not island.path:
-                raise ExportError(f"float16 cannot hold this network: {island.reason}", hint="use --precision fp32")
+                raise ParityError(f"float16 cannot hold this network: {island.reason}", hint="use --precision fp32")
         return tuple(island.path for island in self.islands)
 
     def reduction_paths(self) -> tuple[str, ...]:

@@ -128,7 +128,7 @@ def _examined_document(seen: Examined) -> dict[str, Any]:
         "verdict": seen.verdict,
         "attestation": None if recheck is None else plain(recheck.claims.attestation),
         "exported": None if recheck is None else recheck.folder.verdict,
-        "golden": None if recheck is None else documents.witness_document(recheck.golden[0]),
+        "golden": documents.witness_document(recheck.golden[0]) if recheck and recheck.golden else None,
         "witnesses": [] if recheck is None else [documents.witness_document(report) for report in recheck.golden],
         "not_run": [] if recheck is None else [plain(absent) for absent in recheck.absent],
         "parity": parity,

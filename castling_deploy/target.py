@@ -78,6 +78,9 @@ class TensorSpec:
     content: Literal["tensor", "image"] = "tensor"
 
 
+# Linears on fewer rows (tokens) are left as they are, in float and with the batch's axis: there is nothing to gain, and
+# OpenVINO 2026.4.1 crashes (SIGSEGV) on Linear, HardSwish, Linear and a residual on 4, 6 and 8 rows without that axis.
+FEW_ROWS = 16
 WEIGHT_LEVELS = 127  # of an 8-bit weight, to either side of zero: -128 would make it lopsided
 
 
@@ -175,8 +178,9 @@ class Attestation:
 
     `products` are convolutions and matrix products by precision ("fp32", "fp16", "int8"), which is what a precision
     is asked for; `operations` all operations, `weight_bytes` all constants, both by numpy's name of the dtype.
-    `problems` is empty where the files are in the precision that is claimed: float32 islands are counted, not blamed.
-    `facts` are those of `Network.metadata`, as they stand in the files.
+    `problems` is empty where the files are in the precision that is claimed (float32 islands are counted, not blamed)
+    and declare the inputs, outputs and details that the artefact claims.
+    `facts` are what the exporter stated in the files (`castling_deploy.facts`).
     """
 
     precision: Precision
@@ -211,14 +215,15 @@ class Session(Protocol):
 class Target(Protocol):
     """A format. Class members are data; the methods are all that differs from format to format.
 
-    `precisions[0]` is the default. `options` is a frozen dataclass: its fields are the options the target
-    understands, and its `__post_init__` refuses bad values; a field with `metadata={"task": ...}` is for networks of
-    that task alone. `extra` is the pip extra that installs the toolchain. `runtime` is what `castling verify --on`
-    calls the target's own witness. `selftests` are the programs that travel with an artefact: their file names, and the
-    templates in `selftests/` that they are made from.
+    `file` is the file or package that every artefact of the target has. `precisions[0]` is the default. `options` is a
+    frozen dataclass: its fields are the options the target understands, and its `__post_init__` refuses bad values; a
+    field with `metadata={"task": ...}` is for networks of that task alone. `extra` is the pip extra that installs the
+    toolchain. `runtime` is what `castling verify --on` calls the target's own witness. `selftests` are the programs
+    that travel with an artefact: their file names, and the templates in `selftests/` that they are made from.
     """
 
     name: str
+    file: str
     extra: str
     runtime: str
     precisions: tuple[Precision, ...]

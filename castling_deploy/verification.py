@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +20,6 @@ from castling_deploy.isolation import Call, here
 from castling_deploy.ladder import Ladder, exact_rung, run
 from castling_deploy.latency import LatencyReport, doubts, host, interleaved
 from castling_deploy.parity import (
-    COMPILED,
-    EXPORTED,
     LOWERED,
     LOWERED_TOLERANCE,
     TOLERANCES,
@@ -31,10 +29,9 @@ from castling_deploy.parity import (
     Reference,
     Rung,
     Tolerance,
-    Verdict,
     WitnessReport,
     compare,
-    worst,
+    witness_rungs,
 )
 from castling_deploy.progress import Advance
 from castling_deploy.quiet import toolchain
@@ -71,29 +68,12 @@ def verify_artifact(
 def parity_report(
     ladder: Ladder, precision: Precision, witnesses: tuple[WitnessReport, ...], lowered: Rung | None = None
 ) -> ParityReport:
-    """Every rung of the ladder; on the last stand the witnesses that computed in this precision.
-
-    A device runs what it compiled itself: beside others, it has a rung of its own.
-    """
-    tolerance = TOLERANCES[precision]
-    same = [seen for seen in witnesses if seen.limit in (None, tolerance.limit)]
-    devices = [seen for seen in same if seen.witness.kind is WitnessKind.DEVICE]
-    others = [seen for seen in same if seen not in devices] or devices
-    rungs = [ladder.cast_rung, ladder.fold_rung]
-    rungs += [] if ladder.in_8_bits is None else [ladder.in_8_bits.rung]
-    rungs += [] if lowered is None else [lowered]
-    rungs.append(witness_rung(EXPORTED, others, tolerance))
-    if devices and others != devices:
-        rungs.append(witness_rung(COMPILED, devices, tolerance))
-    return ParityReport(precision, witnesses[0].images or 0, tuple(rungs), witnesses)
-
-
-def witness_rung(name: str, witnesses: Sequence[WitnessReport], tolerance: Tolerance) -> Rung:
-    """The gravest of what these found."""
-    outputs = [output for seen in witnesses for output in seen.outputs]
-    comparable = all(output.max_abs is not None for output in outputs)  # no NaN, and the right shape
-    rel = worst(output.rel for output in outputs) if comparable else None
-    return Rung(name, rel, tolerance.limit, Verdict.worst([seen.verdict for seen in witnesses]))
+    """Every rung of the ladder; on the last stand the witnesses that computed in this precision."""
+    before = [ladder.cast_rung, ladder.fold_rung]
+    before += [] if ladder.in_8_bits is None else [ladder.in_8_bits.rung]
+    before += [] if lowered is None else [lowered]
+    rungs = (*before, *witness_rungs(precision, witnesses))
+    return ParityReport(precision, witnesses[0].images or 0, rungs, witnesses)
 
 
 def lowered_rung(target: Target, network: Network, options: Any, ladder: Ladder, call: Call = here) -> Rung:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from castling_deploy.target import Artifact, Attestation, Precision
+from castling_deploy.plain import plain
+from castling_deploy.target import Artifact, Attestation, Precision, TensorSpec
 
+Interface = Mapping[str, tuple[str, tuple[int, ...]]]  # by name: numpy's name of the dtype, shape with -1 where open
 PRECISIONS = {"float32": Precision.FP32.value, "float16": Precision.FP16.value, "int8": Precision.INT8.value}
 
 
@@ -18,10 +21,15 @@ def attestation(
     weight_bytes: Counter[str],
     problems: Sequence[str] = (),
     facts: Mapping[str, str] | None = None,
+    *,
+    inputs: Interface,
+    outputs: Interface,
+    details: Mapping[str, Any],
 ) -> Attestation:
     """What was counted, with what is wrong about it; `products` are by numpy's name of the dtype that they are in.
 
     fp32 is fp32 throughout. In fp16 most products are: islands are allowed, an archipelago is another precision.
+    `inputs`, `outputs` and `details` are what the files declare and hold, and `artifact` has to say the same.
     """
     named = Counter({PRECISIONS.get(name, name): count for name, count in products.items()})
     return Attestation(
@@ -29,7 +37,13 @@ def attestation(
         dict(named),
         dict(operations),
         dict(weight_bytes),
-        (*problems, *_problems(precision, named, weight_bytes, artifact.details.get("products"))),
+        (
+            *problems,
+            *_problems(precision, named, weight_bytes, artifact.details.get("products")),
+            *_undeclared("inputs", artifact.inputs, inputs),
+            *_undeclared("outputs", artifact.outputs, outputs),
+            *_otherwise(artifact.details, details),
+        ),
         dict(facts or {}),
     )
 
@@ -53,6 +67,24 @@ def _problems(
     if manifest is not None and dict(manifest) != dict(products):
         found.append(f"the manifest counts other products ({_list(manifest)}) than the files hold ({_list(products)})")
     return found
+
+
+def _undeclared(kind: str, claimed: Sequence[TensorSpec], declared: Interface) -> Iterator[str]:
+    claims = {spec.name: (spec.dtype, spec.shape) for spec in claimed}
+    if list(claims.items()) != list(declared.items()):
+        yield f"the manifest's {kind} are {_signature(claims)}, and the files declare {_signature(declared)}"
+
+
+def _signature(interface: Interface) -> str:
+    return ", ".join(f"{name} {dtype} {list(shape)}" for name, (dtype, shape) in interface.items()) or "none"
+
+
+def _otherwise(claimed: Mapping[str, Any], held: Mapping[str, Any]) -> Iterator[str]:
+    """Details that the files hold otherwise; a manifest may have more notes than follow from the files."""
+    for name, value in plain(held).items():
+        said = plain(claimed.get(name))
+        if not set(value) <= set(said or ()) if name == "notes" else said != value:
+            yield f"the manifest's details have another {name} than the files"
 
 
 def _list(counts: Mapping[str, int]) -> str:

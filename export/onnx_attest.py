@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError
 from castling_deploy.export.attesting import attestation
@@ -40,8 +40,34 @@ def attest(path: Path, artifact: Artifact, precision: Precision, problems: tuple
     for tensor in model.graph.initializer:
         array = onnx.numpy_helper.to_array(tensor)
         weights[array.dtype.name] += array.nbytes
-    facts = {entry.key: entry.value for entry in model.metadata_props}
-    return attestation(artifact, precision, products, operations, weights, problems, facts)
+    inputs, outputs = (
+        {
+            value.name: (
+                onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
+                tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in value.type.tensor_type.shape.dim),
+            )
+            for value in values
+        }
+        for values in (model.graph.input, model.graph.output)
+    )
+    return attestation(
+        artifact,
+        precision,
+        products,
+        operations,
+        weights,
+        problems,
+        {entry.key: entry.value for entry in model.metadata_props},
+        inputs=inputs,
+        outputs=outputs,
+        details=contents(model),
+    )
+
+
+def contents(model: onnx.ModelProto) -> dict[str, Any]:
+    """What the report says of a graph beside its types."""
+    nodes = Counter(node.op_type for node in model.graph.node)
+    return {"opset": model.opset_import[0].version, "nodes": dict(sorted(nodes.items()))}
 
 
 def dequantised(graph: onnx.GraphProto) -> set[str]:

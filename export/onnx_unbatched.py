@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from castling_deploy.target import FEW_ROWS
+
 if TYPE_CHECKING:
     import onnx
 
@@ -75,6 +77,8 @@ class _Rewriting:
         Linear or a Reshape: the activations between two convolutions gain nothing."""
         shapes = [self.shapes.get(name, ()) for name in node.output]
         if any(len(shape) < 3 or shape[0] != 1 for shape in shapes) or self.outputs.intersection(node.output):
+            return False
+        if any(len(shape) == 3 and shape[1] < FEW_ROWS for shape in shapes):
             return False
         starts = node.op_type in ("MatMul", "Reshape")
         return starts or not self.bare.isdisjoint(node.input)

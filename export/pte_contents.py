@@ -16,7 +16,7 @@ class PteContents:
 
     `constants` are the bytes of the constant tensors: the delegates' weights, and the program's own. `payloads` are
     what the delegates are handed, by the delegates' name; `outside_dtypes` counts what the operations outside make.
-    `texts` are what the methods that return a text return.
+    `texts` are what the methods that return a text return. `inputs` and `outputs` of `forward` are (dtype, shape).
     """
 
     delegates: int
@@ -25,6 +25,8 @@ class PteContents:
     payloads: tuple[tuple[str, bytes], ...]
     outside_dtypes: Mapping[str, int]
     texts: Mapping[str, str]
+    inputs: tuple[tuple[str, tuple[int, ...]], ...]
+    outputs: tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def pte_contents(data: bytes) -> PteContents:
@@ -54,4 +56,12 @@ def pte_contents(data: bytes) -> PteContents:
             for value in (plan.values[index] for index in plan.outputs)
             if isinstance(value.val, String)
         },
+        *(
+            tuple(
+                (DTYPES.get(value.scalar_type.name, "other"), tuple(value.sizes))
+                for value in (plan.values[index].val for index in indices)
+                if isinstance(value, Tensor)
+            )
+            for indices in (plan.inputs, plan.outputs)
+        ),
     )

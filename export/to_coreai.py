@@ -7,16 +7,17 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError
 from castling_deploy.export.attesting import PRECISIONS, attestation
-from castling_deploy.export.coreai_asset import OURS, AssetContents, counts, read_asset, write_asset
+from castling_deploy.export.coreai_asset import NUMPY, OURS, AssetContents, counts, read_asset, write_asset
 from castling_deploy.export.coreai_program import FUNCTION, Wide, converted, exported_program, wide_in
 from castling_deploy.export.coreai_session import CoreAISession
+from castling_deploy.facts import stating
 from castling_deploy.target import (
     Artifact,
     Attestation,
@@ -98,6 +99,7 @@ class CoreAITarget:
     """
 
     name = "coreai"
+    file = FILE
     extra = "coreai"
     runtime = "coreai"
     selftests: Mapping[str, str] = {"selftest.py": "run_coreai.py"}
@@ -141,13 +143,6 @@ class CoreAITarget:
         return exported_program(network, Precision.FP32).module(check_guards=False)
 
     def export(self, network: Network, precision: Precision, options: CoreAIOptions, folder: Path) -> Artifact:
-        inputs, outputs = (tuple(spec.name for spec in specs) for specs in (network.inputs, network.outputs))
-        program = exported_program(network, precision)
-        wide = wide_in(program, network.islands)
-        asset = converted(program, inputs, outputs)
-        write_asset(asset, folder / FILE, network.description, network.metadata)
-        contents = read_asset(folder / FILE)
-        check(contents, network, precision, wide)
         (image,), logits = network.inputs, network.outputs[0]
         usage = USAGE.format(
             function=FUNCTION,
@@ -157,15 +152,23 @@ class CoreAITarget:
             logits=list(logits.shape),
             file=FILE,
         )
-        return Artifact(
+        artifact = Artifact(
             (FILE,),
             network.inputs,
             network.outputs,
             {package: version(package) for package in ("torch", *PACKAGES)},
             ("Core AI on iOS 27 or macOS 27", "coreai-core on Linux x86-64"),
             usage,
-            facts(contents, precision),
         )
+        inputs, outputs = (tuple(spec.name for spec in specs) for specs in (network.inputs, network.outputs))
+        program = exported_program(network, precision)
+        wide = wide_in(program, network.islands)
+        asset = converted(program, inputs, outputs)
+        told = stating(network, self.name, precision, options, artifact).metadata
+        write_asset(asset, folder / FILE, network.description, told)
+        contents = read_asset(folder / FILE)
+        check(contents, network, precision, wide)
+        return replace(artifact, details=facts(contents, precision))
 
     def attest(self, folder: Path, artifact: Artifact, precision: Precision) -> Attestation:
         contents = read_asset(folder / FILE)
@@ -181,6 +184,9 @@ class CoreAITarget:
             weights,
             [f"{count} products are in {name}" for name, count in products.items() if name not in DTYPES.values()],
             contents.metadata.get("creatorDefinedMetadata", {}).get(OURS, {}),
+            inputs={name: declared(kind) for name, kind in contents.inputs},
+            outputs={name: declared(kind) for name, kind in contents.outputs},
+            details=facts(contents, precision),
         )
 
     @contextmanager
@@ -247,6 +253,12 @@ def mlir_type(shape: tuple[int, ...]) -> str:
     return f"tensor<{''.join(f'{size}x' for size in shape)}f32>"
 
 
+def declared(mlir: str) -> tuple[str, tuple[int, ...]]:
+    """numpy's dtype and the shape of what `mlir_type` writes; an open axis is -1."""
+    *sizes, element = mlir.removeprefix("tensor<").removesuffix(">").split("x")
+    return NUMPY.get(element, element), tuple(-1 if size == "?" else int(size) for size in sizes)
+
+
 def product_types(contents: AssetContents) -> Counter[str]:
     """Products by numpy's name of the type that they are in; by both where one mixes two."""
     return Counter(
@@ -259,7 +271,7 @@ def facts(contents: AssetContents, precision: Precision) -> dict[str, Any]:
     norms = sum(operation.graph == FUNCTION and operation.name == "invoke" for operation in contents.operations)
     return {
         "minimum_os": "27",
-        "products": {PRECISIONS[name]: count for name, count in sorted(product_types(contents).items())},
+        "products": {PRECISIONS.get(name, name): count for name, count in sorted(product_types(contents).items())},
         "composites": norms,
         "operations": counts(contents),
         "notes": ["a LayerNorm's mean and variance are float32"]

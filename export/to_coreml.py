@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,7 @@ from castling_deploy.export.coreml_program import converted, exported_program
 from castling_deploy.export.coreml_session import EvaluatedSession, PredictSession
 from castling_deploy.export.mil_evaluator import load_program
 from castling_deploy.export.mil_package import Package, read_package
+from castling_deploy.facts import stating
 from castling_deploy.target import (
     Artifact,
     Attestation,
@@ -121,6 +123,7 @@ class CoreMLTarget:
     """
 
     name = "coreml"
+    file = FILE
     extra = "coreml"
     runtime = "coreml"
     precisions: tuple[Precision, ...] = (Precision.FP16, Precision.FP32)
@@ -164,25 +167,26 @@ class CoreMLTarget:
         check_network(network, options)
         classes = distinct(network.labels or ()) if classifies(network) else ()
         pixels, scores = options.input == "image", bool(classes)
+        artifact = Artifact(
+            (FILE,),
+            *specs(network, options, classifier=scores),
+            tools={name: version(name) for name in ("torch", "coremltools")},
+            loads_with=("Core ML on iOS 17 or macOS 14", "coremltools on macOS"),
+            usage=usage(network, options, classifier=scores),
+        )
+        told = stating(network, self.name, precision, options, artifact).metadata
         program = exported_program(network, pixels=pixels, scores=scores)
         outputs = (*(spec.name for spec in network.outputs), *([SCORES] if scores else []))
         mlmodel, wide = converted(program, network, precision, pixels=pixels, outputs=outputs)
         model = mlmodel.get_spec()
         if classes:
             classify(model, SCORES, LABEL, PROBABILITIES, classes)
-        describe(model, network.description, network.metadata, lines(network, options))
+        describe(model, network.description, told, lines(network, options))
         write_package(model, Path(mlmodel.weights_dir), folder / FILE)
         package = read_package(folder / FILE)
         softmaxes = sum("softmax" in str(node.target) for node in program.graph.nodes)
         check(package, precision, softmaxes=softmaxes, wide=wide, part=network.part)
-        return Artifact(
-            (FILE,),
-            *specs(network, options, classifier=scores),
-            tools={name: version(name) for name in ("torch", "coremltools")},
-            loads_with=("Core ML on iOS 17 or macOS 14", "coremltools on macOS"),
-            usage=usage(network, options, classifier=scores),
-            details=facts(package, network, classes),
-        )
+        return replace(artifact, details=facts(package, network, classes))
 
     def attest(self, folder: Path, artifact: Artifact, precision: Precision) -> Attestation:
         package = read_package(folder / FILE)
@@ -197,7 +201,11 @@ class CoreMLTarget:
             Counter(operation.outputs[0].dtype.lower() for operation in products),
             Counter(operation.outputs[0].dtype.lower() for operation in package.operations),
             weights,
-            facts=package.metadata,
+            classifier_problems(package),
+            package.metadata,
+            inputs={feature.name: (feature.dtype, feature.shape) for feature in package.inputs},
+            outputs=outputs_of(package),
+            details=contained(package),
         )
 
     @contextmanager
@@ -327,7 +335,21 @@ def usage(network: Network, options: CoreMLOptions, *, classifier: bool) -> str:
 
 
 def facts(package: Package, network: Network, classes: tuple[str, ...]) -> dict[str, Any]:
-    """What the report says about the package.
+    """What the report says about the package."""
+    batch = network.inputs[0].shape[0]
+    if classes:
+        classifier = f"{len(classes)} classes"
+    elif network.labels is None:
+        classifier = "no: the labels are not known"
+    elif len(network.outputs) > 1:
+        classifier = "no: the network has several outputs"
+    else:
+        classifier = f"no: Core ML classifies one image at a time, the batch is {batch}"
+    return {"minimum_deployment_target": "iOS17", "classifier": classifier, **contained(package)}
+
+
+def contained(package: Package) -> dict[str, Any]:
+    """What the report says that stands in the package itself.
 
     `subnormal_weights` is the share of float16 weights between 0 and 2**-14, which a device may take for zero.
     """
@@ -340,19 +362,36 @@ def facts(package: Package, network: Network, classes: tuple[str, ...]) -> dict[
     ]
     small = sum(int(((value > 0) & (value < SMALLEST_NORMAL)).sum()) for value in halves)
     total = sum(value.size for value in halves)
-    batch = network.inputs[0].shape[0]
-    if classes:
-        classifier = f"{len(classes)} classes"
-    elif network.labels is None:
-        classifier = "no: the labels are not known"
-    elif len(network.outputs) > 1:
-        classifier = "no: the network has several outputs"
-    else:
-        classifier = f"no: Core ML classifies one image at a time, the batch is {batch}"
     return {
         "specification_version": package.specification_version,
-        "minimum_deployment_target": "iOS17",
-        "classifier": classifier,
         "subnormal_weights": round(small / total, 6) if total else None,
         "operations": dict(sorted(Counter(operation.type for operation in package.operations).items())),
     }
+
+
+def outputs_of(package: Package) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """dtype and shape of every output that is numbers, as the features and the program declare them together.
+
+    A classifier's `label` is a text; its dictionary has a number per class.
+    """
+    shapes = {
+        value.name: tuple(-1 if size is None else size for size in value.shape)
+        for operation in package.operations
+        for value in operation.outputs
+    }
+    return {
+        feature.name: (
+            feature.dtype,
+            (1, len(package.classes)) if feature.kind == "scores" else shapes.get(feature.name, feature.shape),
+        )
+        for feature in package.outputs
+        if feature.kind != "label"
+    }
+
+
+def classifier_problems(package: Package) -> list[str]:
+    """What is wrong where a classifier's own labels are not those among its facts."""
+    stated = json.loads(package.metadata.get("labels", "null"))
+    if not package.classes or package.classes == distinct(stated or ()):
+        return []
+    return ["the classifier's labels are not those among the facts in the file"]

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from castling_deploy.export.pte_contents import PteContents, pte_contents
 from castling_deploy.export.scopes import inside
 from castling_deploy.export.xnnpack_forms import in_xnnpack_forms
 from castling_deploy.export.xnnpack_payload import read_payload
+from castling_deploy.facts import stating
 from castling_deploy.target import Artifact, Attestation, Missing, Network, Precision, Session, Witness, WitnessKind
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class ExecuTorchTarget:
     """
 
     name = "executorch"
+    file = FILE
     extra = "executorch"
     runtime = "executorch"
     precisions: tuple[Precision, ...] = (Precision.FP32, Precision.FP16)
@@ -123,17 +125,6 @@ class ExecuTorchTarget:
         from executorch.backends.xnnpack.utils.configs import get_transform_passes
         from executorch.exir import to_edge_transform_and_lower
 
-        program = in_xnnpack_forms(traced(network, precision))
-        edge = to_edge_transform_and_lower(
-            program,
-            transform_passes=get_transform_passes(),
-            partitioner=[XnnpackPartitioner()],
-            constant_methods={METADATA: metadata(network)},
-        )
-        data = edge.to_executorch().buffer
-        contents = pte_contents(data)
-        check(contents, network, precision)
-        (folder / FILE).write_bytes(data)
         (image,), logits = network.inputs, network.outputs[0]
         usage = USAGE.format(
             input=image.name,
@@ -143,15 +134,21 @@ class ExecuTorchTarget:
             file=FILE,
             sizes=", ".join(map(str, image.shape)),
         )
-        return Artifact(
-            (FILE,),
-            network.inputs,
-            network.outputs,
-            {package: version(package) for package in ("torch", "executorch")},
-            ("executorch",),
-            usage,
-            facts(contents, edge.exported_program().graph_module, precision),
+        tools = {package: version(package) for package in ("torch", "executorch")}
+        artifact = Artifact((FILE,), network.inputs, network.outputs, tools, ("executorch",), usage)
+        told = metadata(stating(network, self.name, precision, options, artifact))
+        program = in_xnnpack_forms(traced(network, precision))
+        edge = to_edge_transform_and_lower(
+            program,
+            transform_passes=get_transform_passes(),
+            partitioner=[XnnpackPartitioner()],
+            constant_methods={METADATA: told},
         )
+        data = edge.to_executorch().buffer
+        contents = pte_contents(data)
+        check(contents, network, precision)
+        (folder / FILE).write_bytes(data)
+        return replace(artifact, details=facts(contents, edge.exported_program().graph_module, precision))
 
     def attest(self, folder: Path, artifact: Artifact, precision: Precision) -> Attestation:
         try:
@@ -169,6 +166,9 @@ class ExecuTorchTarget:
             sum((payload.constant_bytes for payload in payloads), Counter()),
             [f"a delegate for {name} is in the file, which is not read here" for name in others],
             {key: value for key, value in told.items() if isinstance(value, str)},
+            inputs=dict(zip(told.get("inputs", ()), contents.inputs)),
+            outputs=dict(zip(told.get("outputs", ()), contents.outputs)),
+            details=contained(contents, precision),
         )
 
     @contextmanager
@@ -229,10 +229,17 @@ def facts(contents: PteContents, edge: torch.fx.GraphModule, precision: Precisio
         for node in lowered.original_module.graph.nodes
     )
     return {
-        "delegates": contents.delegates,
+        **contained(contents, precision),
         "delegated_ops": inside,
-        "outside": dict(sorted(contents.outside.items())),
         "delegated": inside / (inside + sum(contents.outside.values())),
+    }
+
+
+def contained(contents: PteContents, precision: Precision) -> dict[str, Any]:
+    """What the report says that stands in the file itself."""
+    return {
+        "delegates": contents.delegates,
+        "outside": dict(sorted(contents.outside.items())),
         "notes": notes(contents, precision),
     }
 

@@ -18,6 +18,7 @@ from castling_deploy.export.onnx_half import half, inferred
 from castling_deploy.export.onnx_int8 import in_8_bits
 from castling_deploy.export.onnx_session import OnnxSession
 from castling_deploy.export.onnx_unbatched import unbatched
+from castling_deploy.facts import stating
 from castling_deploy.target import (
     Artifact,
     Attestation,
@@ -127,6 +128,7 @@ class OnnxTarget:
     """One model.onnx, in float32 or typed float16 (`onnx_half`), for ONNX Runtime and every other reader of ONNX."""
 
     name = "onnx"
+    file = FILE
     extra = ""
     runtime = "ort"
     precisions: tuple[Precision, ...] = (Precision.FP32, Precision.FP16, Precision.INT8)
@@ -155,20 +157,21 @@ class OnnxTarget:
         return exported_program(network, dynamic=False).module(check_guards=False)
 
     def export(self, network: Network, precision: Precision, options: OnnxOptions, folder: Path) -> Artifact:
-        model = onnx_model(network, precision, options.opset, dynamic=options.dynamic, nms=options.nms)
-        write(model, folder / FILE)
-        raw = network
-        if options.nms:
-            network = replace(raw, outputs=(*raw.outputs, *onnx_nms.outputs(raw)))
-        inputs, outputs = specs(network, dynamic=options.dynamic)
+        made = replace(network, outputs=(*network.outputs, *onnx_nms.outputs(network))) if options.nms else network
+        inputs, outputs = specs(made, dynamic=options.dynamic)
         usage = USAGE.format(
             input=inputs[0].name, output=outputs[0].name, shape=inputs[0].shape, example=list(network.inputs[0].shape)
         )
+        if options.nms:
+            usage += onnx_nms.usage(network)
+        artifact = Artifact((FILE,), inputs, outputs, tools(), ("onnxruntime",), usage)
+        told = stating(network, self.name, precision, options, artifact)
+        model = onnx_model(told, precision, options.opset, dynamic=options.dynamic, nms=options.nms)
+        write(model, folder / FILE)
         details = facts(model)
         if options.nms:
-            usage += onnx_nms.usage(raw)
             details["notes"].append("the time includes the boxes; PyTorch's ends with the raw outputs")
-        return Artifact((FILE,), inputs, outputs, tools(), ("onnxruntime",), usage, details)
+        return replace(artifact, details=details)
 
     def attest(self, folder: Path, artifact: Artifact, precision: Precision) -> Attestation:
         return onnx_attest.attest(folder / FILE, artifact, precision)
@@ -351,14 +354,12 @@ def tools() -> dict[str, str]:
 
 def facts(model: onnx.ModelProto) -> dict[str, Any]:
     """What the report says about a graph."""
-    nodes = Counter(node.op_type for node in model.graph.node)
     products = product_types(model)
     notes = ["on x86, ONNX Runtime stores float16 and computes in float32"] if products[Precision.FP16] else []
     if products[Precision.INT8]:
         notes.append("8-bit products are exact with VNNI (x86) and dot products (Arm); x86 before VNNI adds in 16 bits")
     return {
-        "opset": model.opset_import[0].version,
+        **onnx_attest.contents(model),
         "products": dict(products),
-        "nodes": dict(sorted(nodes.items())),
         "notes": notes,
     }

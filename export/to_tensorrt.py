@@ -20,6 +20,7 @@ from castling_deploy.errors import ExportError
 from castling_deploy.export import onnx_attest, tensorrt_build, to_onnx
 from castling_deploy.export.onnx_session import OnnxSession
 from castling_deploy.export.tensorrt_session import EngineSession
+from castling_deploy.facts import stating
 from castling_deploy.target import Artifact, Attestation, Missing, Network, Precision, Session, Witness, WitnessKind
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class TensorRTTarget:
     """A typed ONNX graph and its engine. Precision is in the graph: TensorRT 11 knows no other way to ask for it."""
 
     name = "tensorrt"
+    file = to_onnx.FILE
     extra = "tensorrt-rtx"
     runtime = "tensorrt"
     precisions: tuple[Precision, ...] = (Precision.FP16, Precision.FP32, Precision.INT8)
@@ -117,8 +119,6 @@ class TensorRTTarget:
         return to_onnx.exported_program(network, dynamic=False).module(check_guards=False)
 
     def export(self, network: Network, precision: Precision, options: TensorRTOptions, folder: Path) -> Artifact:
-        model = to_onnx.onnx_model(network, precision, options.opset)
-        to_onnx.write(model, folder / to_onnx.FILE)
         artifact = Artifact(
             (to_onnx.FILE,),
             network.inputs,
@@ -131,8 +131,10 @@ class TensorRTTarget:
                 shape=network.inputs[0].shape,
                 logits=network.outputs[0].shape,
             ),
-            to_onnx.facts(model),
         )
+        model = to_onnx.onnx_model(stating(network, self.name, precision, options, artifact), precision, options.opset)
+        to_onnx.write(model, folder / to_onnx.FILE)
+        artifact = replace(artifact, details=to_onnx.facts(model))
         module = builder()
         if isinstance(module, Missing):
             return replace(artifact, unfinished=module)

@@ -26,7 +26,7 @@ from castling_deploy.folder import sha256
 from castling_deploy.identify import identify
 from castling_deploy.int8.calibration import calibration_images, clipped, ranges
 from castling_deploy.int8.quantised import QuantisedLinear, quantised
-from castling_deploy.int8.sensitivity import in_8_bits
+from castling_deploy.int8.sensitivity import in_8_bits, lowered
 from castling_deploy.ladder import Ladder, climb
 from castling_deploy.preprocessing import Preprocessing
 from castling_deploy.probes import probes_for
@@ -66,8 +66,8 @@ def test_onnx_runtime_computes_every_quantised_linear_in_8_bits(tmp_path: Path) 
     onnxruntime.InferenceSession(folder.path / "model.onnx", options, providers=["CPUExecutionProvider"])
     nodes = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
     # ONNX Runtime 1.32 takes no Gemm whose result is quantised and added to the residual too: one in a downsampling
-    downsamplings = 2
-    assert nodes["QGemm"] == linears - downsamplings > 40
+    downsamplings = 1  # the other one has too few tokens for 8 bits
+    assert nodes["QGemm"] == linears - downsamplings > 20
     assert nodes["DequantizeLinear"] == 3 * downsamplings and nodes["MatMul"] == 0
 
 
@@ -131,14 +131,12 @@ def with_an_outlier(network: nn.Module) -> nn.Module:
 def test_the_module_that_8_bits_hurt_stays_in_float_and_no_other(transformer: tuple[nn.Module, object]) -> None:
     network, card = identify(read(bundled.checkpoint_path(TRANSFORMER)))
     ladder = ladder_of(with_an_outlier(network), card)
-    lowered = in_8_bits(ladder, Int8(max_drop=0.5), symmetric=False).in_8_bits
-    assert lowered is not None
-    assert lowered.kept == ("blocks.1.mlp.fc2",) and lowered.ranking[0][0] == "blocks.1.mlp.fc2"
-    assert lowered.drop <= 0.5 and "blocks.1.mlp.fc2" not in lowered.quantisation.ranges
+    chosen = in_8_bits(ladder, Int8(max_drop=0.5), symmetric=False).in_8_bits
+    assert chosen is not None
+    assert chosen.kept == ("blocks.1.mlp.fc2",) and chosen.ranking[0][0] == "blocks.1.mlp.fc2"
+    assert chosen.drop <= 0.5 and "blocks.1.mlp.fc2" not in chosen.quantisation.ranges
     everything = Quantisation(ranges(ladder.folded, ladder.probes.tensors[:16], symmetric=False), symmetric=False)
-    from castling_deploy.int8.sensitivity import _lowered
-
-    assert _lowered(ladder, everything, 0.5).drop > 0.5  # what the budget was for
+    assert lowered(ladder, everything, 0.5).drop > 0.5  # what the budget was for
 
 
 def test_a_budget_that_nothing_keeps_is_refused(transformer: tuple[nn.Module, object]) -> None:
@@ -166,6 +164,12 @@ def test_a_stale_scale_fails_the_gate(tmp_path: Path) -> None:
     manifest["files"]["model.onnx"] = sha256(path / "model.onnx")
     (path / "manifest.json").write_text(json.dumps(sealed(manifest)))
     assert castling("verify", path).code == 3
+
+
+def test_the_checkpoint_bears_out_an_int8_artefact() -> None:
+    checkpoint = bundled.checkpoint_path(CLASSIFIER)
+    run = castling("verify", exported(CLASSIFIER, "onnx", "int8").path, "--checkpoint", checkpoint)
+    assert run.code == 0, run.err
 
 
 def test_a_float_file_that_calls_itself_int8_fails_the_gate(tmp_path: Path) -> None:

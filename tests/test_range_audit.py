@@ -23,7 +23,7 @@ from castling_deploy.artifact import read_folder
 from castling_deploy.castle import castle
 from castling_deploy.checkpoint import read
 from castling_deploy.documents import audit_document
-from castling_deploy.errors import ExportError
+from castling_deploy.errors import ParityError
 from castling_deploy.export.binary16 import LARGEST
 from castling_deploy.fold import fold
 from castling_deploy.half_profile import LARGE, NEAR
@@ -135,7 +135,7 @@ def test_an_overflow_into_the_residual_stream_leaves_nothing_to_float16() -> Non
     network = Small(nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 8)))
     with torch.no_grad():
         network.block[1].weight.mul_(1e6)  # type: ignore[index, union-attr, operator]
-    with pytest.raises(ExportError, match=r"float16 cannot hold this network: linear of block\.1 reaches"):
+    with pytest.raises(ParityError, match=r"float16 cannot hold this network: linear of block\.1 reaches"):
         audited(network).module_paths()
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from castling_deploy.errors import UsageError
 from castling_deploy.preprocessing import Preprocessing
-from castling_deploy.target import scale_of
+from castling_deploy.target import FEW_ROWS, scale_of
 
 SAMPLES = 64  # images by default: ranges of Castling-DeiT-digits change by less than 1 % beyond 32
 KEPT = 4096  # values of every image and module that a clipping is judged by
@@ -72,16 +72,16 @@ def _of_archive(path: Path, count: int) -> npt.NDArray[np.uint8]:
 
 @torch.no_grad()
 def ranges(network: nn.Module, tensors: npt.NDArray[np.float32], *, symmetric: bool) -> Mapping[str, Range]:
-    """(lo, hi) of the input of every Linear of `network` that sees more than one token, by its path.
+    """(lo, hi) of the input of every Linear of `network` that sees FEW_ROWS tokens or more, by its path.
 
     Outliers are clipped where that makes the mean square of all rounding errors smaller; zero is always inside. A
-    Linear that sees one token for an image (a head) stays in float: it costs nothing, and it decides.
+    Linear that sees fewer, like a head, stays in float: it costs nothing, and it decides.
     """
     seen: dict[str, list[torch.Tensor]] = {}
     ends: dict[str, Range] = {}
 
     def watch(path: str, x: torch.Tensor) -> None:
-        if x.ndim < 3 or x.shape[-2] < 2:
+        if x.ndim < 3 or x.shape[-2] < FEW_ROWS:
             return
         low, high = ends.get(path, (0.0, 0.0))
         ends[path] = (min(low, x.min().item()), max(high, x.max().item()))

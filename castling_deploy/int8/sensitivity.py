@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +14,11 @@ from castling_deploy.errors import ExportError
 from castling_deploy.int8.calibration import calibration_images, ranges
 from castling_deploy.int8.quantised import quantised
 from castling_deploy.ladder import Ladder, Lowered, run
-from castling_deploy.parity import Reference, Rung, Verdict, worst
+from castling_deploy.parity import QUANTISED, Reference, Rung, Verdict, worst
 from castling_deploy.request import Int8
 from castling_deploy.target import Quantisation
 from castling_deploy.task import Outputs
 
-QUANTISED = "quantised"  # the rung
 # Without labels the outputs themselves are looked at: half a point then is an error of a quarter of their spread.
 SPREAD_PER_POINT = 0.5
 RANKED_ON = 16  # real images
@@ -35,8 +35,8 @@ def in_8_bits(
     images = calibration_images(asked.data, asked.samples, probes.preprocessing, probes.images[: probes.real])
     found = Quantisation(ranges(ladder.folded, images, symmetric=symmetric), symmetric)
     advance(0.2)
-    lowered = _lowered(ladder, found, asked.max_drop)
-    if lowered.rung.verdict is not Verdict.PASS:
+    chosen = lowered(ladder, found, asked.max_drop)
+    if chosen.rung.verdict is not Verdict.PASS:
         ranking = ranked(ladder, found, lambda share: advance(0.2 + 0.6 * share))
         best = _least_in_float(ladder, found, ranking, asked.max_drop)
         if best is None:
@@ -44,8 +44,16 @@ def in_8_bits(
                 f"with any module in 8 bits this network loses more than {asked.max_drop:g} points",
                 hint="allow more with --max-drop, give more images with --calib-data, or use --precision fp16",
             )
-        lowered = best
-    return replace(ladder, in_8_bits=lowered)
+        chosen = best
+    return replace(ladder, in_8_bits=chosen)
+
+
+def in_saved_8_bits(ladder: Ladder, document: Mapping[str, Any]) -> Ladder:
+    """The ladder of an artefact that was made already, by the ranges in its parity.json."""
+    ranges_ = {path: (low, high) for path, (low, high) in document["ranges"].items()}
+    quantisation = Quantisation(ranges_, document["activations"] == "int8")
+    kept, ranking = tuple(document["kept_in_float"]), tuple(document["ranking"].items())
+    return replace(ladder, in_8_bits=lowered(ladder, quantisation, document["max_drop"], kept, ranking))
 
 
 def ranked(
@@ -81,21 +89,22 @@ def _least_in_float(
         count = (low + high) // 2
         kept = tuple(path for path, _ in ranking[:count])
         ends = {path: range_ for path, range_ in quantisation.ranges.items() if path not in kept}
-        lowered = _lowered(ladder, replace(quantisation, ranges=ends), max_drop, kept, ranking)
-        if lowered.rung.verdict is Verdict.PASS:
-            best, high = lowered, count - 1
+        tried = lowered(ladder, replace(quantisation, ranges=ends), max_drop, kept, ranking)
+        if tried.rung.verdict is Verdict.PASS:
+            best, high = tried, count - 1
         else:
             low = count + 1
     return best
 
 
-def _lowered(
+def lowered(
     ladder: Ladder,
     quantisation: Quantisation,
     max_drop: float,
     kept: tuple[str, ...] = (),
     ranking: tuple[tuple[str, float], ...] = (),
 ) -> Lowered:
+    """What the network computes in these 8 bits, and whether it costs more than `max_drop` points."""
     outputs = run(quantised(ladder.folded, quantisation), list(ladder.references), ladder.probes.tensors)
     rel = _rel(ladder, outputs)
     before, after = ladder.reference_score, ladder.score(outputs)
@@ -106,7 +115,7 @@ def _lowered(
         drop = float("inf") if rel is None else rel / SPREAD_PER_POINT
     rung = Rung(QUANTISED, rel, None, Verdict.PASS if drop <= max_drop else Verdict.FAIL)
     references = {name: replace(reference, outputs=outputs[name]) for name, reference in ladder.references.items()}
-    return Lowered(quantisation, references, rung, kept, ranking, drop, labelled)
+    return Lowered(quantisation, references, rung, kept, ranking, drop, max_drop, labelled)
 
 
 def _rel(ladder: Ladder, outputs: Outputs) -> float | None:

@@ -123,6 +123,8 @@ def _checks(seen: Recheck) -> Iterator[Check]:
     limit = TOLERANCES[seen.folder.precision].limit
     yield Check("files", "as they were exported", Verdict.PASS)
     yield from _built(seen.claims, seen.folder.precision)
+    if seen.contradicted:
+        return
     for report in seen.golden:
         yield from _outputs("golden images", report, limit, seen.folder.golden_real)
     if seen.parity is not None:
@@ -140,6 +142,9 @@ def _built(claims: Claims, precision: Precision) -> Iterator[Check]:
         yield Check("built", f"in {precision}, with the facts of the manifest", Verdict.PASS)
     for said in claims.contradictions:
         yield Check("built", "as the manifest claims", Verdict.FAIL, said=said)
+    if claims.not_compared is not None:
+        said = f"not compared: {claims.not_compared}"
+        yield Check("built", "README and self-tests", Verdict.INCONCLUSIVE, decisive=False, said=said)
 
 
 def _report(group: str, report: ParityReport, limit: float) -> Iterator[Check]:

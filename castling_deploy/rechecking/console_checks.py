@@ -18,6 +18,7 @@ CLAIMS: Mapping[str, str] = {
     "cast": "the auxiliary branch was cast away; an approximation, judged by the task's score",
     "fold": "BatchNorm and constants folded; exact, judged in float64",
     "lowered": "rewritten for the target; exact, judged in float64",
+    "quantised": "Linears in 8 bits; an approximation, judged by the task's score",
     "exported": "the artefact; judged by the limit of its precision",
     "compiled": "what a device made of it; judged by the limit of its precision",
 }
@@ -33,6 +34,9 @@ def print_examined(seen: Examined, console: Console) -> None:
         if check.group == "built":
             said = "" if check.said is None else f": {check.said}"
             console.print(Text.assemble(f"built {check.name}: ", marked(check.verdict), said), soft_wrap=True)
+    if seen.recheck.contradicted:
+        console.print("nothing was run: the files are something else than the manifest claims", style="red")
+        return
     _print_ladder(seen, console)
     how = "on the golden images" if seen.recheck.parity is None else "compared with the checkpoint"
     table = Table(title=f"who ran it now, {how}", title_justify="left", show_edge=False, pad_edge=False)

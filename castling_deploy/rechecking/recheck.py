@@ -6,23 +6,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from castling_deploy.artifact import Folder, network_for, read_folder
-from castling_deploy.errors import CrashError, ExportError, ParityError, TargetUnavailableError, UsageError
+from castling_deploy.errors import CrashError, ExportError, ParityError, TargetUnavailableError
 from castling_deploy.execution import inputs_for, repeated
+from castling_deploy.int8.sensitivity import in_saved_8_bits
 from castling_deploy.isolation import Call, Limits, Worker
 from castling_deploy.ladder import Ladder
 from castling_deploy.latency import Timing, interleaved, timed
 from castling_deploy.localising.rebuilt import Rebuilt, rebuilt
-from castling_deploy.parity import Array, Failure, ParityReport, Reference, Rung, Verdict, WitnessReport
+from castling_deploy.parity import Failure, ParityReport, Rung, Verdict, WitnessReport
 from castling_deploy.probes import Probes
 from castling_deploy.progress import Advance, Progress, Silent
-from castling_deploy.rechecking.claims import Claims, examined
+from castling_deploy.rechecking.claims import Claims, coherent, read_back
+from castling_deploy.rechecking.golden import read_golden
 from castling_deploy.rechecking.saved import PARITY, SavedParity, read_parity
 from castling_deploy.runner import ALL, Runner, chosen, require_known, runners_of
-from castling_deploy.target import Missing, Target, options_for, target_named
+from castling_deploy.target import Missing, Precision, Target, options_for, target_named
 from castling_deploy.task import task_named
 from castling_deploy.verification import lowered_rung, observed, opened, parity_report, testimony, witnessed
 
@@ -39,7 +38,8 @@ class Absent:
 class Recheck:
     """What a second look at a folder found: against its golden outputs, and against the checkpoint if it was named.
 
-    `saved` is what its export found, `golden` has a report for every runner that was asked for and is here.
+    `saved` is what its export found. `golden` has a report for every runner that was asked for and is here; none where
+    the model's files contradict the manifest, and nothing was run.
     """
 
     folder: Folder
@@ -49,6 +49,11 @@ class Recheck:
     absent: tuple[Absent, ...] = ()
     ladder: Ladder | None = None
     parity: ParityReport | None = None
+
+    @property
+    def contradicted(self) -> bool:
+        """Whether the model's files are something else than the manifest claims, so that nothing was run."""
+        return bool(self.claims.contradictions) and not self.golden
 
     @property
     def verdict(self) -> Verdict:
@@ -86,26 +91,27 @@ def verify(
             )
     saved = read_parity(folder.path / PARITY)
     target = target_named(folder.target)
-    able, absent = _able(target, folder, on)
     with progress.stage(f"{target.name}: read back what was built"):
-        claims = examined(target, folder, limits)
-    images, golden_outputs = _golden(folder)
-    inputs = inputs_for(folder.artifact.inputs[0], Probes.of(images, folder.preprocessing))
-    references = {
-        name: Reference(values, min(folder.golden_real, len(values)), noise=folder.noise[name])
-        for name, values in golden_outputs.items()
-    }
+        claims = read_back(target, folder, limits)
+        if claims.contradictions:  # it is something else than it claims: what it computes proves nothing
+            return Recheck(folder, saved, claims, ())
+        golden = read_golden(folder)
+        claims = coherent(claims, target, folder, golden, saved)
+    able, absent = _able(target, folder, on)
+    inputs = inputs_for(folder.artifact.inputs[0], Probes.of(golden.images, folder.preprocessing))
     task, size = task_named(folder.task), folder.preprocessing.size
 
     def look(runner: Runner, call: Call, advance: Advance) -> WitnessReport:
         witness, outputs = observed(runner, folder.artifact, folder.path, inputs, advance, call)
-        return testimony(runner, witness, outputs, references, task, folder.precision, size)
+        return testimony(runner, witness, outputs, golden.references, task, folder.precision, size)
 
-    golden = _heard(able, look, f"run {len(images)} golden images", progress, limits)
+    seen = _heard(able, look, f"run {len(golden.images)} golden images", progress, limits)
     if checkpoint is None:
-        return Recheck(folder, saved, claims, golden, absent)
+        return Recheck(folder, saved, claims, seen, absent)
     again = rebuilt(folder, Path(checkpoint), progress)
     ladder = again.ladder
+    if folder.precision is Precision.INT8:
+        ladder = in_saved_8_bits(ladder, saved.document["int8"])
 
     def compare(runner: Runner, call: Call, advance: Advance) -> WitnessReport:
         return witnessed(runner, folder.artifact, folder.path, ladder, folder.precision, advance, call)
@@ -113,7 +119,7 @@ def verify(
     lowered = _lowered(target, folder, again, progress, limits)
     reports = _heard(able, compare, "verify against the checkpoint", progress, limits)
     parity = parity_report(ladder, folder.precision, reports, lowered)
-    return Recheck(folder, saved, claims, golden, absent, ladder, parity)
+    return Recheck(folder, saved, claims, seen, absent, ladder, parity)
 
 
 def _lowered(target: Target, folder: Folder, again: Rebuilt, progress: Progress, limits: Limits) -> Rung | None:
@@ -174,9 +180,8 @@ def benchmark(path: str | Path, *, threads: int = 1) -> Timing:
             f"{target.witness().name} runs '{path}' here, and its time says nothing of the device",
             hint="run castling bench where the target's own runtime is",
         )
-    images, _ = _golden(folder)
     (spec,) = folder.artifact.inputs
-    probes = Probes.of(images, folder.preprocessing)
+    probes = Probes.of(read_golden(folder).images, folder.preprocessing)
     batch = spec.shape[0] if spec.shape[0] > 0 else 1
     feed = repeated(inputs_for(spec, probes), batch)
     with opened(target, folder.path, threads) as session:
@@ -189,20 +194,3 @@ def _target_of(folder: Folder) -> Target:
     if missing is not None:
         raise TargetUnavailableError(missing.reason, hint=missing.fix)
     return target
-
-
-def _golden(folder: Folder) -> tuple[npt.NDArray[np.uint8], dict[str, Array]]:
-    """The golden images, and what the reference says of them, output by output."""
-    golden = folder.path / "golden"
-    try:
-        images = np.load(golden / "images.npy", allow_pickle=False)
-        outputs = {name: np.load(golden / f"{name}.npy", allow_pickle=False) for name in folder.noise}
-        for name, values in outputs.items():
-            if len(values) != len(images) or not np.isfinite(values).all():
-                raise ValueError(f"{name}.npy holds no finite output for every image")
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"the golden images of '{folder.path}' cannot be read: {str(error).partition('.  If you')[0]}",
-            hint="export the artefact again",
-        ) from None
-    return images, outputs

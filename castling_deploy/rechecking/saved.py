@@ -11,14 +11,24 @@ from typing import Any
 
 from castling_deploy.errors import UsageError
 from castling_deploy.parity import (
+    CAST,
+    COMPILED,
     EXPORTED,
+    FOLD,
+    FOLD_TOLERANCE,
+    LOWERED,
+    LOWERED_TOLERANCE,
     MIN_POWER,
+    QUANTISED,
     TOLERANCES,
+    Failure,
     OutputParity,
     ParityReport,
     Rung,
     Verdict,
     WitnessReport,
+    judged,
+    witness_rungs,
 )
 from castling_deploy.target import Precision, Witness, WitnessKind
 
@@ -55,24 +65,51 @@ class SavedLatency:
     host: Mapping[str, str]
 
 
-def unfounded(report: ParityReport, precision: Precision) -> Iterator[str]:
-    """Claims of a saved report that its own numbers do not bear out."""
+def unfounded(saved: SavedParity, precision: Precision) -> Iterator[str]:
+    """Claims of a saved report that its own numbers, and the limits of `precision`, do not bear out."""
+    report = saved.report
     if report.precision is not precision:
         yield f"it is about {report.precision}, and the manifest about {precision}"
-    lacking = {"cast", "fold", EXPORTED} - {rung.name for rung in report.rungs}
+    lacking = {CAST, FOLD, EXPORTED} - {rung.name for rung in report.rungs}
     if lacking or not report.witnesses or not report.probes:
         yield f"it is incomplete: {', '.join(sorted(lacking)) or 'nothing'} was judged by nobody"
+        return
     for rung in report.rungs:
-        if rung.verdict is Verdict.PASS and rung.limit is not None and not (rung.rel or 0.0) <= rung.limit:
-            yield f"{rung.name} is called a pass, {rung.rel:.1e} with a limit of {rung.limit:.0e}"
+        yield from _unfounded_rung(rung, precision)
+    stands = tuple(rung for rung in report.rungs if rung.name in (EXPORTED, COMPILED))
+    if stands != witness_rungs(precision, report.witnesses):
+        yield f"{' and '.join(rung.name for rung in stands)} is not what its witnesses come to"
     for seen in report.witnesses:
         for output in seen.outputs:
-            own = output.widest_limit is not None  # judged by the limit on rel, and not in a unit of its own
-            widest = max(tolerance.limit for tolerance in TOLERANCES.values())
-            if output.verdict is Verdict.PASS and own and not (output.rel or 0.0) <= widest:
-                yield f"{output.name} by {seen.witness.name} is called a pass, with an error of {output.rel:.1e}"
-            if output.verdict is Verdict.PASS and output.power < MIN_POWER:
-                yield f"{output.name} by {seen.witness.name} is called a pass, with a power of {output.power:.2f}"
+            for reason in _unfounded_output(output, seen.limit or TOLERANCES[precision].limit):
+                yield f"{output.name} by {seen.witness.name} {reason}"
+    if Verdict(saved.document["verdict"]) is not report.verdict:
+        yield f"its verdict is {saved.document['verdict']}, and its rungs and witnesses come to {report.verdict}"
+
+
+def _unfounded_rung(rung: Rung, precision: Precision) -> Iterator[str]:
+    limits = {FOLD: FOLD_TOLERANCE, LOWERED: LOWERED_TOLERANCE, CAST: None, QUANTISED: None}
+    tolerance = limits.get(rung.name, TOLERANCES[precision])
+    limit = None if tolerance is None else tolerance.limit
+    if rung.limit != limit:
+        yield f"{rung.name} is judged by a limit of {rung.limit}, and has one of {limit}"
+    if rung.verdict is Verdict.PASS and limit is not None and not (rung.rel or 0.0) <= limit:
+        yield f"{rung.name} is called a pass, {rung.rel:.1e} with a limit of {limit:.0e}"
+
+
+def _unfounded_output(output: OutputParity, limit: float) -> Iterator[str]:
+    if limit not in {tolerance.limit for tolerance in TOLERANCES.values()}:
+        yield f"is judged by a limit of {limit:.0e}, which is that of no precision"
+    if output.max_abs is None:
+        found = Verdict.FAIL  # a NaN, or another shape
+    else:
+        found = judged(output.rel, limit, output.noise_rel, telling=output.power >= MIN_POWER)
+    if Verdict.worst([output.verdict, found]) is not output.verdict:
+        rel = "unknown" if output.rel is None else f"{output.rel:.1e}"
+        yield f"is called a {output.verdict}, with an error of {rel} and a power of {output.power:.2f}: {found}"
+    # each image's error is divided by the spread or more
+    if output.rel is not None and not output.rel * output.spread <= (output.max_abs or 0.0) * (1 + 1e-9):
+        yield f"has a spread of {output.spread:.2e}, which its largest difference and its error do not have"
 
 
 def read_parity(path: Path) -> SavedParity:
@@ -91,6 +128,9 @@ def read_parity(path: Path) -> SavedParity:
                     Witness(str(seen["name"]), WitnessKind(seen["kind"])),
                     tuple(_output(output) for output in seen["outputs"]),
                     _number(seen["accuracy"]),
+                    _number(seen.get("limit")),
+                    seen.get("images"),
+                    Failure(**seen["failure"]) if seen.get("failure") else None,
                 )
                 for seen in document["witnesses"]
             ),

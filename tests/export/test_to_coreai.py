@@ -229,7 +229,7 @@ def test_inputs_and_outputs_have_the_names_and_types_of_the_network(half: Export
 def test_facts_travel_inside_and_nothing_of_this_machine_does(exported: Exported) -> None:
     metadata = read_asset(exported.path).metadata
     assert metadata["description"] == exported.network.description and "creationDate" not in metadata
-    assert metadata["creatorDefinedMetadata"] == {"castling": dict(exported.network.metadata)}
+    assert exported.network.metadata.items() <= metadata["creatorDefinedMetadata"]["castling"].items()
     data = b"".join(file.read_bytes() for file in exported.path.iterdir())
     for trace in (".py", "site-packages", str(Path.home()), str(Path.cwd())):
         assert trace.encode() not in data
