@@ -24,9 +24,11 @@ from torch import nn
 from castling_deploy.errors import ExportError
 from castling_deploy.export.to_onnx import FILE, OnnxOptions, OnnxTarget
 from castling_deploy.localising.diagnosis import Cause, Statistics, absent
-from castling_deploy.localising.localise import Finding, Localisation, localise, plain_options
+from castling_deploy.localising.localisation import Finding, Localisation
+from castling_deploy.localising.localise import localise
 from castling_deploy.localising.localised_text import print_localised
 from castling_deploy.localising.prefix import Traced
+from castling_deploy.localising.trials import plain_options
 from castling_deploy.plain import plain
 from castling_deploy.probes import Probes, probes_for
 from castling_deploy.target import Artifact, Network, Precision, Session, Target, target_named
