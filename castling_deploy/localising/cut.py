@@ -9,9 +9,21 @@ import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from torch import fx
+import torch
+from torch import fx, nn
 
 from castling_deploy.localising.wide import Wide
+
+
+class Apart(nn.Module):
+    """A graph as a module that torch.export names operators by: it looks through an fx.GraphModule (torch 2.13)."""
+
+    def __init__(self, operators: fx.GraphModule) -> None:
+        super().__init__()
+        self.operators = operators
+
+    def forward(self, *values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        return self.operators(*values)
 
 
 def cut(
@@ -47,7 +59,8 @@ def cut(
             leaving = [one for one in inner if one in ends or not needed.intersection(one.users) <= set(inner)]
             taken = {source for one in inner for source in one.all_input_nodes if source.op != "get_attr"}
             sources = sorted(taken.difference(inner), key=order.__getitem__)
-            held[part.name] = cut(owner, inner, leaving, {one: f"given_{at}" for at, one in enumerate(sources)})
+            names = {one: f"given_{at}" for at, one in enumerate(sources)}
+            held[part.name] = Apart(cut(owner, inner, leaving, names))
             called = graph.call_module(part.name, tuple(map(copy, sources)))
             for at, one in enumerate(leaving):
                 copies[one] = called if len(leaving) == 1 else graph.call_function(operator.getitem, (called, at))
