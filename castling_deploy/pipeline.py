@@ -21,7 +21,7 @@ from castling_deploy.isolation import Worker
 from castling_deploy.ladder import Ladder, climb
 from castling_deploy.latency import LatencyReport, timed
 from castling_deploy.localising.fault import Suspect, isolated_fault
-from castling_deploy.localising.localise import Localisation
+from castling_deploy.localising.localisation import Localisation
 from castling_deploy.parity import ParityReport, Verdict
 from castling_deploy.probes import probes_for
 from castling_deploy.progress import Progress, Silent
@@ -128,7 +128,7 @@ def produce(request: Request, step: Step, card: ModelCard, ladder: Ladder, progr
     if not request.localise or parity.verdict is not Verdict.FAIL or step.precision is Precision.INT8:
         return made  # what 8 bits hurt is ranked in parity.json already
     with suppress(CastlingError):  # that the artefact is wrong is known already, and is what has to be told
-        suspect = Suspect(step.target, network, step.precision, step.options, artifact, path)
+        suspect = Suspect(step.target, network, step.precision, step.options, artifact, path, fresh=True)
         return replace(made, localisation=isolated_fault(suspect, ladder.probes, progress, request.limits))
     return made
 
@@ -137,4 +137,6 @@ def exported(step: Step, network: Network, folder: Path) -> Artifact:
     """The toolchain's part, which writes into `folder`. Raises ExportError."""
     with toolchain(step.target.name):
         artifact = step.target.export(network, step.precision, step.options, folder)
-    return replace(artifact, details={**artifact.details, "islands": network.islands})
+    return replace(
+        artifact, details={**artifact.details, "islands": network.islands, "wide_reductions": network.reductions}
+    )

@@ -29,12 +29,17 @@ REPEATED = re.compile(r"@\d+")  # torch.export's mark of a module that is called
 def module_stack(node: fx.Node) -> tuple[str, ...]:
     """Paths of the modules whose calls are open where the node stands, the network ("") first."""
     stack = node.meta.get("nn_module_stack", {})
-    return ("", *(REPEATED.sub("", path) for path, _ in stack.values() if path))
+    return ("", *(unnumbered(path) for path, _ in stack.values() if path))
+
+
+def unnumbered(path: str) -> str:
+    """A module's path without the number of the call."""
+    return REPEATED.sub("", path)
 
 
 def module_of(name: str) -> str:
     """The module's path in the name of an ONNX node, "blocks.0.attn.query/MatMul_7"."""
-    return REPEATED.sub("", name.rpartition("/")[0])
+    return unnumbered(name.rpartition("/")[0])
 
 
 def kind(node: fx.Node) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,16 +20,22 @@ from deployments import ENVIRONMENT
 from detectors import detector_network
 from folded_networks import folded_network, network_of
 from rich.console import Console
-from torch import nn
+from torch import fx, nn
 
-from castling_deploy.errors import ExportError
+from castling_deploy.errors import ExportError, UsageError
+from castling_deploy.export.half_network import in_half
 from castling_deploy.export.to_onnx import FILE, OnnxOptions, OnnxTarget
+from castling_deploy.localising import trials
 from castling_deploy.localising.diagnosis import Cause, Statistics, absent
-from castling_deploy.localising.localise import Finding, Localisation, localise, plain_options
+from castling_deploy.localising.localisation import Finding, Localisation
+from castling_deploy.localising.localise import localise
 from castling_deploy.localising.localised_text import print_localised
 from castling_deploy.localising.prefix import Traced
+from castling_deploy.localising.search import Search
+from castling_deploy.localising.trials import Trials, plain_options
 from castling_deploy.plain import plain
 from castling_deploy.probes import Probes, probes_for
+from castling_deploy.runner import exacting
 from castling_deploy.target import Artifact, Network, Precision, Session, Target, target_named
 
 
@@ -291,7 +298,130 @@ def test_statistics_and_absent_weights() -> None:
     assert absent({"w": weight}, [weight + 1]) == ("w",)
 
 
-def test_islands_and_other_facts_of_a_network_stay_with_its_prefixes() -> None:
+def test_other_facts_of_a_network_stay_with_its_prefixes() -> None:
     network = replace(folded_network("deit"), metadata={"fact": "kept"})
     traced = Traced(network)
     assert traced.prefix(traced.boundaries["blocks.0"]).metadata == {"fact": "kept"}
+
+
+class Deeper(nn.Module):
+    """Values of a part that float16 cannot hold, between values that it can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        with torch.no_grad():
+            self.up.weight.mul_(1e6)
+            self.down.weight.mul_(1e-6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raised = self.up(x)
+        return self.down(raised.relu()) + raised * 1e-6
+
+
+def with_island() -> Network:
+    """A chain whose module "2" is an island, and whose own reductions stay in float32."""
+    return replace(chain(nn.ReLU(), Deeper(), nn.ReLU()), islands=("2",), reductions=("4",))
+
+
+def test_a_prefix_keeps_the_islands_of_the_network_that_it_takes() -> None:
+    network = with_island()
+    traced = Traced(network)
+    assert {traced.place(node).module for node in traced.hidden} == {"2"}
+    before, whole = (traced.prefix(traced.boundaries[path]) for path in ("1", "6"))
+    assert (before.islands, before.reductions) == ((), ())
+    assert len(whole.islands) == 1 and len(whole.reductions) == 1
+    island = whole.module.get_submodule(whole.islands[0])
+    assert len(island.state_dict()) == 4 and len(whole.module.state_dict()) == len(network.module.state_dict())
+    image = network.example()
+    with torch.no_grad():
+        assert torch.equal(whole.module(*image), network.module(*image))
+
+
+def test_no_prefix_ends_inside_an_island() -> None:
+    traced = Traced(with_island())
+    assert (
+        "2" in traced.boundaries
+        and "2.up" not in traced.boundaries
+        and "2.up" in Traced(replace(with_island(), islands=())).boundaries
+    )
+    assert traced.place(traced.boundaries["2"]).module == "2"
+
+
+def test_a_float16_prefix_computes_its_island_in_float32() -> None:
+    network = with_island()
+    traced = Traced(network)
+    for islands, finite in ((True, True), (False, False)):
+        prefix = traced.prefix(traced.boundaries["2"])
+        half = in_half(prefix.module, prefix.islands if islands else ())
+        with torch.no_grad():
+            assert bool(half(*network.example()).isfinite().all()) is finite
+
+
+@pytest.mark.parametrize("name", ["onnx", "coreml", "coreai"])
+def test_every_format_keeps_the_island_of_a_prefix(name: str, tmp_path: Path) -> None:
+    target = target_named(name)
+    if missing := target.missing():
+        pytest.skip(missing.reason)
+    traced = Traced(with_island())
+    artifact = target.export(traced.prefix(traced.boundaries["6"]), Precision.FP16, target.options(), tmp_path)
+    assert target.attest(tmp_path, artifact, Precision.FP16).products == {"fp32": 2, "fp16": 2}
+
+
+@pytest.mark.parametrize("name", ["coreml", "coreai"])
+def test_a_fault_behind_an_island_is_not_blamed_on_it(name: str, tmp_path: Path) -> None:
+    target = target_named(name)
+    if missing := target.missing():
+        pytest.skip(missing.reason)
+    network = replace(chain(Deeper(), nn.ReLU(), last=Detour()), islands=("1",))
+    localisation = found(target, network, Precision.FP16, tmp_path)
+    assert localisation.place is not None and localisation.place.kind == "Detour", localisation
+    assert localisation.cause is Cause.CANCELLATION and localisation.origin is None
+
+
+def test_int8_is_refused_with_what_serves_instead(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="int8") as refused:
+        found(OnnxTarget(), folded_network("deit"), Precision.INT8, tmp_path)
+    assert refused.value.exit_code == 2 and "sensitivity" in (refused.value.hint or "")
+
+
+def test_an_artefact_that_was_just_written_is_not_exported_again(tmp_path: Path) -> None:
+    network, folder = chain(nn.ReLU()), tmp_path / "artefact"
+    weight = network.module.get_parameter("4.weight")
+    target = WrongWeight(weight)
+    folder.mkdir()
+    artifact = target.export(network, Precision.FP32, target.options(), folder)
+    counts = {}
+    for fresh in (False, True):
+        keywords = {"suspect": (artifact, folder), "fresh": fresh}
+        localisation = found(target, network, Precision.FP32, tmp_path / "shown", **keywords)
+        assert localisation.place is not None and localisation.place.module == "4"
+        counts[fresh] = localisation.exports
+    assert counts[True] == counts[False] - 1
+
+
+def test_as_many_probes_run_as_the_exacting_runner_affords(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    network, target = folded_network("levit"), OnnxTarget()
+    runner = exacting(target, Precision.FP32)
+    monkeypatch.setattr(runner, "images", 3)
+    monkeypatch.setattr(trials, "exacting", lambda *_: runner)
+    tried = Trials(target, network, Precision.FP32, target.options(), probes_of(network), tmp_path)
+    assert tried.probes.real == tried.real == 3
+
+
+@pytest.mark.parametrize("path", ["stem.conv2", "stages.1.blocks.0.mlp.ln1", "head"])
+def test_the_bisection_asks_for_few_prefixes(path: str) -> None:
+    """A judge that knows the answer: everything computed from the wrong value is wrong."""
+    traced = Traced(folded_network("levit"))
+    wrong, asked = traced.boundaries[path], []
+
+    def judge(node: fx.Node) -> bool:
+        asked.append(node)
+        return node is wrong or wrong in traced.ancestors(node)
+
+    search = Search(traced, judge, lambda: None)
+    assert search.first(traced.outputs[0]) is wrong
+    assert len(asked) <= 2 * math.log2(len(traced.nodes))
+    asked.clear()
+    assert Search(traced, judge, lambda: None).first(traced.outputs[0], [wrong]) is wrong
+    assert len(asked) <= 2

@@ -17,7 +17,6 @@ from castling_deploy.parity import TOLERANCES, Array, Reference
 from castling_deploy.target import Precision
 
 LARGEST_HALF = 65504.0  # of float16; the next larger number is infinity
-SATURATED = 0.01  # share of values at the ends of an integer range, from which on the range is called too small
 DOMINANT = 0.25  # share of the limit that rounding alone has to take before cancellation is named
 GRADUAL = 0.5  # share of the error that was there before, from which on no one module is to blame
 
@@ -34,7 +33,6 @@ class Cause(StrEnum):
     OVERFLOW = "overflow"
     CANCELLATION = "cancellation"
     ROUNDING = "accumulated rounding"
-    QUANTISATION = "quantisation range"
     UNSUPPORTED = "unsupported operator"
     WEIGHTS = "wrong weights"
     FILE = "edited file"
@@ -44,28 +42,25 @@ class Cause(StrEnum):
 @dataclass(frozen=True)
 class Statistics:
     """One value on the probes. `max_abs` and `spread` are of the finite numbers; `over_half` is the share of numbers
-    beyond float16's 65504, infinities among them; `ends` the share at the largest or smallest of all numbers."""
+    beyond float16's 65504, infinities among them."""
 
     shape: tuple[int, ...]
     max_abs: float
     nonfinite: float
     over_half: float
     spread: float
-    ends: float
 
     @staticmethod
     def of(values: Array, real: int) -> Statistics:
         """Of (P, ...), the first `real` of them for real images."""
         finite = values[np.isfinite(values)].astype(np.float64)
         size = max(1, values.size)
-        ends = np.isin(finite, [finite.min(), finite.max()]).sum() / size if finite.size else 0.0
         return Statistics(
             tuple(values.shape[1:]),
             float(np.abs(finite).max(initial=0.0)),
             1 - finite.size / size,
             float(((np.abs(finite) > LARGEST_HALF).sum() + size - finite.size) / size),
             Reference(np.nan_to_num(values, posinf=0.0, neginf=0.0), real, noise=0.0).spread,
-            float(ends),
         )
 
 
@@ -143,7 +138,7 @@ def likely(
     that the operator adds up; `missing_weights` those of the module that the artefact does not hold, None where it
     cannot be read.
     """
-    limit = TOLERANCES[precision].limit if precision in TOLERANCES else None
+    tolerance = TOLERANCES[precision]
     if precision is Precision.FP16 and max(reference.max_abs, largest_inside) > LARGEST_HALF:
         return Cause.OVERFLOW, (
             f"in float32 the numbers here reach {max(reference.max_abs, largest_inside):.3g}, and float16 ends at 65504"
@@ -156,15 +151,13 @@ def likely(
         )
     if missing_weights:
         return Cause.WEIGHTS, f"the artefact does not hold the numbers of {', '.join(missing_weights[:3])}"
-    if precision is Precision.INT8 and actual is not None and actual.ends > SATURATED:
-        return Cause.QUANTISATION, f"{_share(actual.ends)} of the artefact's numbers sit at the ends of their range"
     if rel is not None and rel_before is not None and rel_before > GRADUAL * rel:
         return Cause.ROUNDING, (
             f"the error was {rel_before:.2g} of the spread before and is {rel:.2g} here: it grows from module to module"
         )
-    if terms is not None and limit is not None and reference.spread > 0:
-        noise = terms * TOLERANCES[precision].epsilon / 2 / reference.spread
-        if noise > DOMINANT * limit:
+    if terms is not None and reference.spread > 0:
+        noise = terms * tolerance.epsilon / 2 / reference.spread
+        if noise > DOMINANT * tolerance.limit:
             return Cause.CANCELLATION, (
                 f"terms of up to {terms:.3g} add up to results that differ by {reference.spread:.3g} from image to "
                 f"image: rounding the terms alone makes an error of {noise:.2g} of that"

@@ -5,13 +5,12 @@ from __future__ import annotations
 from rich.console import Console
 
 from castling_deploy.localising.diagnosis import Cause
-from castling_deploy.localising.localise import Finding, Localisation, Seen
+from castling_deploy.localising.localisation import Finding, Localisation, Seen
 
 ADVICE = {
     Cause.OVERFLOW: "export with --precision fp32; --islands keeps such layers in it, unless that is the whole network",
     Cause.CANCELLATION: "export with --precision fp32, which rounds these terms 8000 times finer",
     Cause.ROUNDING: "no one module is to blame: export with --precision fp32, or accept a wider limit",
-    Cause.QUANTISATION: "calibrate with images that reach the whole range, or keep this layer in float",
     Cause.UNSUPPORTED: "replace this operator in the network, or use another target",
     Cause.WEIGHTS: "a converter's fault: report it with the folder below, or use another version of the converter",
     Cause.FILE: "export the network again; the file as it is has not been verified",

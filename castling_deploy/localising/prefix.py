@@ -20,6 +20,9 @@ import torch
 from torch import fx, nn
 
 from castling_deploy.errors import ExportError
+from castling_deploy.export.scopes import unnumbered
+from castling_deploy.localising.cut import cut
+from castling_deploy.localising.wide import wide_parts
 from castling_deploy.target import Network, TensorSpec
 
 VALUE = "value"  # the name of a prefix's output
@@ -50,7 +53,8 @@ class Place:
 class Traced:
     """`network` as one graph of operators, and the modules that they belong to. Raises ExportError.
 
-    `outputs` are the nodes of the network's outputs, in its order.
+    `outputs` are the nodes of the network's outputs, in its order. The values of `hidden` nodes stay in float32 in a
+    float16 export, inside an island; what is computed in `protected` ones cannot overflow.
     """
 
     def __init__(self, network: Network) -> None:
@@ -66,6 +70,9 @@ class Traced:
         self.order = {node: index for index, node in enumerate(self.graph_module.graph.nodes)}
         (end,) = (node for node in self.graph_module.graph.nodes if node.op == "output")
         self.outputs: list[fx.Node] = _flat(end.args)
+        self.wide = wide_parts(self.nodes, network.islands, network.reductions)
+        self.hidden = frozenset(node for part in self.wide if part.island for node in part.hidden())
+        self.protected = self.hidden.union(*(part.nodes for part in self.wide if not part.island))
         self._ancestors: dict[fx.Node, frozenset[fx.Node]] = {}
 
     def ancestors(self, node: fx.Node) -> frozenset[fx.Node]:
@@ -87,9 +94,10 @@ class Traced:
 
     def exportable(self, node: fx.Node) -> bool:
         """Whether a prefix can end here: one floating-point tensor per image, computed from the input by a product or
-        behind one (what comes before is layout and padding)."""
+        behind one (what comes before is layout and padding), and not inside an island: where a prefix ends, it is
+        rounded to float16."""
         value = node.meta.get("val")
-        if node.op != "call_function" or not isinstance(value, torch.Tensor):
+        if node.op != "call_function" or node in self.hidden or not isinstance(value, torch.Tensor):
             return False
         if not value.is_floating_point() or value.dim() < 2 or value.shape[0] != self._batch or value.numel() == 0:
             return False
@@ -129,7 +137,10 @@ class Traced:
         return dict(sorted(found.items(), key=lambda item: self.order[item[1]]))
 
     def place(self, node: fx.Node) -> Place:
-        path, kind = (stack(node) or [("", type(self.network.module).__name__)])[-1]
+        """The innermost module around `node`; of what an island computes, the island."""
+        around = stack(node) or [("", type(self.network.module).__name__)]
+        islands = {part.island for part in self.wide if node in part.nodes}
+        path, kind = next((one for one in around if unnumbered(one[0]) in islands), around[-1])
         source, code = _source(node)
         return Place(path, kind.rpartition(".")[2], operator(node), source, code)
 
@@ -148,6 +159,8 @@ class Traced:
         if len(given) != 1:
             return None
         value = given[0].meta.get("val")
+        if given[0] in self.hidden:  # an input of a float16 artefact is rounded
+            return None
         if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.shape[0] != self._batch:
             return None
         spec = TensorSpec(GIVEN, tuple(value.shape), "float32", "")
@@ -165,31 +178,32 @@ class Traced:
     def _depends_on_input(self, node: fx.Node) -> bool:
         return any(one.op == "placeholder" for one in self.ancestors(node) | {node})
 
-    def _network(self, ends: Sequence[fx.Node], inputs: tuple[TensorSpec, ...], cut: dict[fx.Node, str]) -> Network:
-        """The graph that computes `ends`, with a placeholder for each node of `cut`."""
-        graph = fx.Graph()
-        copies = {node: graph.placeholder(name) for node, name in cut.items()}
+    def _network(self, ends: Sequence[fx.Node], inputs: tuple[TensorSpec, ...], given: dict[fx.Node, str]) -> Network:
+        """The graph that computes `ends`, with a placeholder for each node of `given`, as wide as in the network."""
         needed: set[fx.Node] = set()
         waiting = list(ends)
         while waiting:
             one = waiting.pop()
-            if one not in needed and one not in copies:
+            if one not in needed and one not in given:
                 needed.add(one)
                 waiting.extend(one.all_input_nodes)
-        if not cut:
+        if not given:
             needed |= {node for node in self.order if node.op == "placeholder"}
-        for node in sorted(needed, key=self.order.__getitem__):
-            copies[node] = graph.node_copy(node, lambda other: copies[other])
-            copies[node].meta = {"val": node.meta["val"]} if "val" in node.meta else {}
-        results = tuple(copies[node] for node in ends)
-        graph.output(results[0] if len(results) == 1 else results)
-        module = fx.GraphModule(self.graph_module, graph)
+        wide = [part for part in self.wide if not needed.isdisjoint(part.nodes)]
         outputs = tuple(
             TensorSpec(VALUE if len(ends) == 1 else f"{VALUE}{index}", tuple(node.meta["val"].shape), "float32", "")
             for index, node in enumerate(ends)
         )
-        network = replace(self.network, module=module.eval(), inputs=inputs, outputs=outputs, labels=None, part=True)
-        return replace(network, islands=(), reductions=())  # a cut graph has operators and no modules to keep wide
+        return replace(
+            self.network,
+            module=cut(self.graph_module, sorted(needed, key=self.order.__getitem__), ends, given, wide),
+            inputs=inputs,
+            outputs=outputs,
+            labels=None,
+            islands=tuple(part.name for part in wide if part.island),
+            reductions=tuple(part.name for part in wide if not part.island),
+            part=True,
+        )
 
 
 def stack(node: fx.Node) -> list[tuple[str, str]]:
