@@ -28,12 +28,15 @@ from castling_deploy.export.binary16 import LARGEST
 from castling_deploy.fold import fold
 from castling_deploy.half_profile import LARGE, NEAR
 from castling_deploy.identify import identify
+from castling_deploy.isolation import Limits
 from castling_deploy.ladder import Ladder, run
+from castling_deploy.localising import fault
 from castling_deploy.models.attention import unit
 from castling_deploy.parity import TOLERANCES, Reference, Verdict, compare
 from castling_deploy.plain import plain
 from castling_deploy.preprocessing import Preprocessing
 from castling_deploy.probes import Probes, probes_for
+from castling_deploy.progress import Silent
 from castling_deploy.range_audit import Audit, Island, OpRange, audit, outermost
 from castling_deploy.target import Artifact, Precision, target_named
 from castling_deploy.verification import verify_artifact
@@ -279,7 +282,9 @@ def test_the_summary_is_json_with_the_ten_operations_nearest_to_the_edge() -> No
     assert network_of(planted().folded, SIZE).islands == ()
 
 
-def test_an_export_keeps_the_islands_and_says_why(tmp_path: Path) -> None:
+def test_an_export_keeps_the_islands_says_why_and_is_searched_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     export = ["export", "--model", "castling-levit-digits-detector", "--target", "onnx"]
     assert castling(*export, "--precision", "fp16", "--output", tmp_path).code == 0
     folder = read_folder(tmp_path / "castling-levit-digits-detector-onnx-fp16")
@@ -289,3 +294,9 @@ def test_an_export_keeps_the_islands_and_says_why(tmp_path: Path) -> None:
     assert f"- in float32: {', '.join(paths)} " in (folder.path / "README.md").read_text()
     attested = target_named("onnx").attest(folder.path, folder.artifact, Precision.FP16)
     assert attested.problems == () and attested.products["fp32"] == sum(".conv" in path for path in paths)
+    searched: list[fault.Suspect] = []
+    monkeypatch.setattr(fault, "isolated_fault", lambda suspect, *_: searched.append(suspect))
+    fault.find_fault(folder.path, None, Silent(), Limits())
+    (suspect,) = searched
+    assert suspect.network.islands == tuple(paths) and not suspect.fresh
+    assert suspect.network.reductions == tuple(island["path"] for island in found["wide_reductions"])

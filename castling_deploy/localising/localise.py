@@ -73,8 +73,8 @@ def refuse(precision: Precision) -> None:
     """Raises UsageError for a precision in which prefixes say nothing of the whole."""
     if precision is Precision.INT8:
         raise UsageError(
-            "an int8 artefact cannot be searched by prefixes: each would be calibrated anew, with scales of its own",
-            hint="the sensitivity ranking says which layers int8 costs most",
+            "an int8 artefact has no first wrong module: errors of 8 bits add up, from many modules",
+            hint="see 'ranking' under 'int8' in parity.json: the modules by their sensitivity to 8 bits",
         )
 
 
