@@ -7,7 +7,7 @@ OUTPUT ?= castling-out
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 OPTIONS ?=
 
-.PHONY: export test test-slow witnesses lint models mutations install clean
+.PHONY: export test test-slow witnesses lint models mutations bench install clean
 
 export: install  ## the main job: the bundled network to TARGET
 	$(VENV)/bin/castling-export --target $(TARGET) --output $(OUTPUT) --overwrite
@@ -32,6 +32,9 @@ models: install  ## count weights and multiply-accumulates again: bundled/models
 mutations: install  ## the gate's kill rate and its false alarms: benchmarks/results/mutations.csv, false_alarms.csv
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/mutations.py
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/bin/python benchmarks/false_alarms.py
+
+bench: install  ## how fast the artefacts are, and the tool: benchmarks/results/speed.*; under ten minutes
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/speed.py
 
 install: $(VENV)/installed
 

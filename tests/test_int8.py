@@ -65,10 +65,8 @@ def test_onnx_runtime_computes_every_quantised_linear_in_8_bits(tmp_path: Path) 
     options.log_severity_level = 3
     onnxruntime.InferenceSession(folder.path / "model.onnx", options, providers=["CPUExecutionProvider"])
     nodes = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
-    # ONNX Runtime 1.32 takes no Gemm whose result is quantised and added to the residual too: one in a downsampling
-    downsamplings = 1  # the other one has too few tokens for 8 bits
-    assert nodes["QGemm"] == linears - downsamplings > 20
-    assert nodes["DequantizeLinear"] == 3 * downsamplings and nodes["MatMul"] == 0
+    assert nodes["QGemm"] == linears > 20
+    assert nodes["DequantizeLinear"] == nodes["MatMul"] == 0  # nothing that was to be in 8 bits is computed in float
 
 
 def test_tensorrt_gets_symmetric_activations_and_float_biases() -> None:
