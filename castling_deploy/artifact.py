@@ -221,10 +221,10 @@ def read_folder(path: Path) -> Folder:
             files=tuple(manifest["model_files"]),
             inputs=_specs(manifest["inputs"]),
             outputs=_specs(manifest["outputs"]),
-            tools=manifest["tools"],
+            tools=dict(manifest["tools"]),
             loads_with=tuple(manifest["loads_with"]),
             usage="",
-            details=manifest["details"],
+            details=dict(manifest["details"]),
             unfinished=None if manifest["unfinished"] is None else Missing(**manifest["unfinished"]),
         )
         precision = Precision(manifest["precision"])

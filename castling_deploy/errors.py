@@ -50,7 +50,7 @@ class ExportError(CastlingError):
 
 
 class ParityError(CastlingError):
-    """An artefact does not compute what the reference computes."""
+    """An artefact does not compute what the reference computes, or none in the precision asked for could."""
 
     exit_code = 3
 

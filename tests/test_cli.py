@@ -429,6 +429,22 @@ def test_a_damaged_manifest_is_a_clear_error(manifest: dict[str, object], folder
     assert run.code == 2 and is_two_lines(run)
 
 
+@pytest.mark.parametrize("document", [{}, {"model": {}}, []])
+def test_a_manifest_without_a_schema_says_what_is_missing_and_what_mends_it(document: object, folder: Path) -> None:
+    (folder / "manifest.json").write_text(json.dumps(document))
+    run = castling("verify", folder)
+    assert run.code == 2 and is_two_lines(run)
+    assert "names no 'schema'" in run.err and "put the manifest.json of the export back" in run.err
+
+
+def test_a_manifest_without_its_files_says_so(folder: Path) -> None:
+    manifest = manifest_of(folder)
+    del manifest["files"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    run = castling("verify", folder)
+    assert run.code == 2 and is_two_lines(run) and "it lacks 'files'" in run.err
+
+
 def test_an_artefact_behind_a_symlink_is_replaced_without_touching_what_it_points_to(
     folder: Path, tmp_path: Path, checkpoint_file: Files
 ) -> None:

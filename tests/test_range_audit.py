@@ -138,8 +138,9 @@ def test_an_overflow_into_the_residual_stream_leaves_nothing_to_float16() -> Non
     network = Small(nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 8)))
     with torch.no_grad():
         network.block[1].weight.mul_(1e6)  # type: ignore[index, union-attr, operator]
-    with pytest.raises(ParityError, match=r"float16 cannot hold this network: linear of block\.1 reaches"):
+    with pytest.raises(ParityError, match=r"float16 cannot hold this network: linear of block\.1 reaches") as caught:
         audited(network).module_paths()
+    assert caught.value.exit_code == 3 and "--precision fp32" in (caught.value.hint or "")
 
 
 # -- what counts as out of range

@@ -67,8 +67,8 @@ def coherent(claims: Claims, target: Target, folder: Folder, golden: Golden, sav
         said = f"{TOOL} {wrote} wrote them, and this is {version(TOOL)}"
     else:
         texts = altered(folder, target, judged_by(golden, folder), saved.report, claims.attestation.facts)
-        return Claims(claims.attestation, (*wrong, *texts))
-    return Claims(claims.attestation, wrong, claims.missing, said)
+        return Claims(claims.attestation, tuple(dict.fromkeys((*wrong, *texts))))
+    return Claims(claims.attestation, tuple(dict.fromkeys(wrong)), claims.missing, said)
 
 
 def _attest(target: Target, folder: Folder) -> Attestation:
