@@ -48,9 +48,7 @@ def attestation(
     )
 
 
-def _problems(
-    precision: Precision, products: Counter[str], weight_bytes: Counter[str], manifest: Any
-) -> list[str]:
+def _problems(precision: Precision, products: Counter[str], weight_bytes: Counter[str], manifest: Any) -> list[str]:
     found = []
     total, built = products.total(), products[precision.value]
     if not total:
