@@ -17,6 +17,7 @@ from castling_deploy.plain import plain
 from castling_deploy.target import Artifact, Network, Precision
 
 OF_MODEL = ("family", "task", "reference", "image_size", "classes", "config")  # keys of the manifest's "model"
+WIDE = ("islands", "wide_reductions")  # keys of its "details", which are no exporter's
 
 
 def fact(value: Any) -> str:
@@ -39,13 +40,15 @@ def network_facts(
     return {name: fact(value) for name, value in told.items()}
 
 
-def artifact_facts(target: str, precision: Precision, options: Any, islands: Any, artifact: Artifact) -> dict[str, str]:
-    """What a file says of itself."""
+def artifact_facts(
+    target: str, precision: Precision, options: Any, wide: Mapping[str, Any], artifact: Artifact
+) -> dict[str, str]:
+    """What a file says of itself; `wide` has what stays in float32, by the keys `WIDE`."""
     told = {
         "target": target,
         "precision": precision,
         "options": options,
-        "islands": islands,
+        **{name: wide.get(name) for name in WIDE},
         "interface": {"inputs": artifact.inputs, "outputs": artifact.outputs},
     }
     return {name: fact(value) for name, value in told.items()}
@@ -53,7 +56,8 @@ def artifact_facts(target: str, precision: Precision, options: Any, islands: Any
 
 def stating(network: Network, target: str, precision: Precision, options: Any, artifact: Artifact) -> Network:
     """The network with the facts of the artefact that it is about to become beside its own."""
-    own = artifact_facts(target, precision, options, network.islands, artifact)
+    wide = dict(zip(WIDE, (network.islands, network.reductions), strict=True))
+    own = artifact_facts(target, precision, options, wide, artifact)
     made = {"tools": fact(artifact.tools), "usage_sha256": digest(artifact.usage)}
     return replace(network, metadata={**network.metadata, **own, **made})
 

@@ -93,9 +93,7 @@ def _contradictions(folder: Folder, facts: Mapping[str, str]) -> Iterator[str]:
         **network_facts(
             manifest["model"], folder.checkpoint_sha256, tool, manifest["preprocessing"], manifest.get("labels")
         ),
-        **artifact_facts(
-            folder.target, folder.precision, manifest.get("options"), artifact.details.get("islands"), artifact
-        ),
+        **artifact_facts(folder.target, folder.precision, manifest.get("options"), artifact.details, artifact),
     }
     for name, claim in claimed.items():
         if name not in facts:
