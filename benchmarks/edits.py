@@ -18,7 +18,8 @@ from castling_deploy.folder import MANIFEST, files_in, sha256
 from castling_deploy.plain import plain
 from castling_deploy.rechecking.golden import judged_by, read_golden
 from castling_deploy.rechecking.saved import PARITY
-from castling_deploy.selftests.facts import golden_document
+from castling_deploy.selftests.facts import facts_of, golden_document
+from castling_deploy.selftests.texts import texts
 from castling_deploy.target import TARGETS, Readable, target_named
 
 Weights = npt.NDArray[np.floating]
@@ -248,20 +249,25 @@ def golden_spreads_loosened(folder: Path) -> None:
     _claim(folder, change)
 
 
-def flat_images_called_real(folder: Path) -> None:
-    """The spreads follow, as they would have been written."""
-    images = len(np.load(folder / "golden" / "images.npy"))
-    golden = {**manifest_of(folder)["golden"], "real": images}
-    reseal(folder, golden=golden)
+def with_golden(folder: Path, real: int, **changes: Any) -> None:
+    """`changes` into the manifest, and `real` golden images: spreads, limits and self-tests as if exported so."""
+    reseal(folder, **changes, golden={**manifest_of(folder)["golden"], "real": real})
     seen = read_folder(folder)
-    reseal(folder, golden=plain(golden_document(judged_by(read_golden(seen), seen), images)))
+    judged = judged_by(read_golden(seen), seen)
+    made = texts(target_named(seen.target).selftests, facts_of(seen.artifact, seen.preprocessing, judged))
+    for name, text in made.items():
+        (folder / "selftest" / name).write_text(text)
+    reseal(folder, golden=plain(golden_document(judged, real)))
+
+
+def flat_images_called_real(folder: Path) -> None:
+    with_golden(folder, len(np.load(folder / "golden" / "images.npy")))
 
 
 def noise_exaggerated(folder: Path) -> None:
-    """A wrong output would be called undecided then; the limits of the golden outputs follow."""
-    reseal(folder, noise_rel={name: 1e3 * noise for name, noise in manifest_of(folder)["noise_rel"].items()})
-    seen = read_folder(folder)
-    reseal(folder, golden=plain(golden_document(judged_by(read_golden(seen), seen), seen.golden_real)))
+    """A wrong output would be called undecided then."""
+    noise = {name: 1e3 * noise for name, noise in manifest_of(folder)["noise_rel"].items()}
+    with_golden(folder, read_folder(folder).golden_real, noise_rel=noise)
 
 
 def parity_limit_loosened(folder: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from deployments import ENVIRONMENT, ISOLATED, Run, castling
-from edits import manifest_of, reseal
+from edits import manifest_of, reseal, with_golden
 from networks import SMALL_DEIT, small
 
 from castling_deploy.models.attention import LinearAngularAttention
@@ -326,7 +326,7 @@ def test_a_network_that_says_the_same_of_every_image_is_inconclusive(tmp_path: P
 def test_a_single_golden_image_is_the_reason_that_verify_gives(folder: Path) -> None:
     for file in (folder / "golden").iterdir():
         np.save(file, np.load(file)[:1])
-    reseal(folder, golden={**manifest_of(folder)["golden"], "real": 1})
+    with_golden(folder, 1)
     run = castling("verify", folder, "--json")
     assert run.code == 5 and "a single real image was compared" in run.err
     checks = [check for check in run.document["checks"] if check["decisive"] and check["verdict"] == "inconclusive"]
@@ -409,7 +409,8 @@ def test_bench_times_a_folder(folder: Path) -> None:
 def test_verify_does_not_pass_what_failed_at_its_export(folder: Path) -> None:
     reseal(folder, parity="fail")
     run = castling("verify", folder, "--json")
-    assert run.code == 3 and "at its export" in run.err and is_two_lines(run)
+    assert run.code == 3 and "the manifest's parity is fail, and that of parity.json pass" in run.err
+    assert is_two_lines(run)
     assert run.document["verdict"] == "fail", "one document, in a failure too"
 
 
@@ -421,7 +422,7 @@ def test_verify_and_export_print_the_same_shapes(folder: Path, checkpoint_file: 
 
 
 @pytest.mark.parametrize(
-    "manifest", [{"target": 5}, {"precision": "fp8"}, {"precision": "int8"}, {"inputs": 3}, {"noise_rel": None}]
+    "manifest", [{"target": 5}, {"precision": "fp8"}, {"precision": 5}, {"inputs": 3}, {"noise_rel": None}]
 )
 def test_a_damaged_manifest_is_a_clear_error(manifest: dict[str, object], folder: Path) -> None:
     reseal(folder, **manifest)
