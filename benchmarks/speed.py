@@ -64,6 +64,7 @@ def naive_onnx(network: nn.Module, size: int, path: Path) -> Path:
     return path
 
 
+@cache
 def ours(name: str, size: int, target: str, precision: str, scratch: Path) -> Path:
     """The folder of an export by the public interface; int8 may cost anything: the weights are random."""
     from castling_deploy.request import Int8

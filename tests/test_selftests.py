@@ -71,7 +71,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return export
 
 
-@pytest.fixture(params=CASES)
+SLOW = ("executorch-detector",)  # a minute and a half to export
+
+
+@pytest.fixture(params=[pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES])
 def artefact(request: pytest.FixtureRequest, made: Made) -> Path:
     return made(request.param)
 

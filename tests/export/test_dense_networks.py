@@ -14,8 +14,13 @@ from castling_deploy.pipeline import deploy
 from castling_deploy.request import Request
 from castling_deploy.target import TARGETS
 
+# One detector and one segmenter always; the trained ones of other backbones are in test_every_network.
+QUICK = ("picodet", "levit-segmenter")
 
-@pytest.mark.parametrize("name", DENSE)
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in DENSE]
+)
 def test_every_dense_family_goes_to_every_target(name: str, tmp_path: Path) -> None:
     file = tmp_path / f"{name}.safetensors"
     config = DENSE[name][1]

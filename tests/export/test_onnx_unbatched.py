@@ -84,8 +84,9 @@ def test_onnx_runtime_gets_linears_without_reshapes_and_products_without_transpo
     assert nodes["Gemm"] == linears and nodes["MatMul"] == 0
     assert nodes["FusedMatMul"] == 2 * blocks  # the transpositions of q and k are inside
     assert nodes["Transpose"] == 2 * blocks + 1  # of the values and of the result; of the patches
-    # q, k, v and the result change shape, and the values twice more for the convolution; the patches; the head's token
-    assert nodes["Reshape"] <= 6 * blocks + 3
+    # q, k, v and the result change shape, the values twice more for the convolution; the patches, the head's token; the
+    # last block is computed for one token, which keeps its axis: a Gemm on one row is between two reshapes
+    assert nodes["Reshape"] <= 6 * blocks + 3 + 2 * 4 + 1
     assert nodes["Cast"] == 0
 
 

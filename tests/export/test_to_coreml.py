@@ -253,6 +253,7 @@ CoreMLTarget().export(network, Precision.FP16, CoreMLOptions("image"), Path(sys.
 """
 
 
+@pytest.mark.slow
 def test_another_process_writes_the_same_bytes(export: Callable[..., Built], tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-c", EXPORT, str(tmp_path), " ".join(LABELS)],

@@ -135,6 +135,7 @@ def test_facts_travel_inside_and_nothing_of_this_machine_does(exported: Exported
         assert trace.encode() not in data
 
 
+@pytest.mark.slow
 def test_same_network_gives_the_same_bytes_in_another_process(half: Exported, tmp_path: Path) -> None:
     code = f"""
 import sys; from pathlib import Path; sys.path[:0] = {[str(TESTS), str(TESTS / "export")]!r}

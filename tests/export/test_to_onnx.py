@@ -99,6 +99,7 @@ def test_description_travels_inside_and_nothing_of_this_machine_does(exported: E
         assert trace.encode() not in data
 
 
+@pytest.mark.slow
 def test_same_network_gives_the_same_bytes_in_another_process(exported: Exported, tmp_path: Path) -> None:
     code = f"""
 import sys; from pathlib import Path; sys.path.insert(0, {str(TESTS)!r})
