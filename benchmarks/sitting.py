@@ -34,6 +34,7 @@ class Ratio:
     pairs: int
     must: float | None = None
     aim: float | None = None
+    is_time: bool = True  # or bytes
 
     @property
     def reached(self) -> str:
@@ -109,9 +110,10 @@ def table(ratios: list[Ratio]) -> str:
     ]
     for each in ratios:
         must, aim = ("" if number is None else f"{number:.2f}" for number in (each.must, each.aim))
+        value = f"{each.median_s * 1e3:.2f} ms" if each.is_time else f"{each.median_s / 1e6:.0f} MB"
         lines.append(
             f"| {each.question}: {each.name} | {each.against} | {each.ratio:.3f} | {each.low:.3f} to {each.high:.3f} "
-            f"| {must} | {aim} | {each.reached} | {each.median_s * 1e3:.2f} ms | {each.pairs} |"
+            f"| {must} | {aim} | {each.reached} | {value} | {each.pairs} |"
         )
     return "\n".join(lines)
 

@@ -26,12 +26,13 @@ import numpy as np
 import onnxruntime
 import torch
 from sitting import Ratio, as_document, environment, one_core, peak_bytes, ratio, table, timings
-from subjects import Floor, cast, trained
+from subjects import Floor, cast, handed, trained
 from torch import nn
 
 import castling_deploy
 from castling_deploy import bundled
 from castling_deploy.quiet import toolchain
+from castling_deploy.target import target_named
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NETWORKS = ("castling-deit-tiny", "castling-levit-128s")
@@ -78,6 +79,16 @@ def ours(name: str, size: int, target: str, precision: str, scratch: Path) -> Pa
     )
     assert result.path is not None
     return result.path
+
+
+def unverified(name: str, size: int, scratch: Path) -> Path:
+    """The exporter's part of `ours` alone: the reference, as trained, takes minutes for thousands of tokens."""
+    folder = scratch / f"{name}-{size}-unverified"
+    folder.mkdir()
+    target = target_named("onnx")
+    with toolchain("onnx"):
+        target.export(handed(name, size), target.precisions[0], target.options(), folder)
+    return folder
 
 
 def onnx_runtime(scratch: Path) -> list[Ratio]:
@@ -160,7 +171,7 @@ def scaled(scratch: Path) -> Mapping[int, dict[str, Path]]:
     sizes = SIZES if every_network else (224, 512, 1024)
     return {
         size: {
-            "castled": ours(name, size, "onnx", "fp32", scratch) / "model.onnx",
+            "castled": unverified(name, size, scratch) / "model.onnx",
             "softmax": naive_onnx(trained(name, size, "softmax"), size, scratch / f"{size}-softmax.onnx"),
         }
         for size in sizes
@@ -193,7 +204,8 @@ def proportion(
 ) -> Ratio:
     """Of two numbers that are no times."""
     share = sizes[name] / sizes[against]
-    return Ratio(question, name, against, share, share, share, sizes[name], sizes[against], 1, must, aim)
+    is_time = against == "1 s"
+    return Ratio(question, name, against, share, share, share, sizes[name], sizes[against], 1, must, aim, is_time)
 
 
 # the trained networks

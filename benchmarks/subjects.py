@@ -15,6 +15,8 @@ from castling_deploy.models.deit import CastlingDeiT
 from castling_deploy.models.deit_config import VARIANTS as DEIT
 from castling_deploy.models.levit import CastlingLeViT
 from castling_deploy.models.levit_config import VARIANTS as LEVIT
+from castling_deploy.preprocessing import Preprocessing
+from castling_deploy.target import Network, TensorSpec
 
 BUILDERS: dict[str, tuple[Any, Any]] = {
     "castling-deit-tiny": (CastlingDeiT, DEIT["castling-deit-tiny"]),
@@ -48,6 +50,13 @@ def cast(name: str, size: int) -> nn.Module:
 @cache
 def folded(name: str, size: int) -> nn.Module:
     return fold(cast(name, size)).eval()
+
+
+def handed(name: str, size: int) -> Network:
+    """What an exporter is handed."""
+    image = TensorSpec("image", (1, 3, size, size), "float32", "NCHW")
+    logits = TensorSpec("logits", (1, 1000), "float32", "NC")
+    return Network(name, folded(name, size), (image,), (logits,), Preprocessing((size, size)), None, name, {})
 
 
 @dataclass(frozen=True)
