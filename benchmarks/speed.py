@@ -16,7 +16,6 @@ import tempfile
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from torch import nn
 import castling_deploy
 from castling_deploy import bundled
 from castling_deploy.quiet import toolchain
+from castling_deploy.request import Int8
 from castling_deploy.target import target_named
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -65,11 +65,8 @@ def naive_onnx(network: nn.Module, size: int, path: Path) -> Path:
     return path
 
 
-@cache
 def ours(name: str, size: int, target: str, precision: str, scratch: Path) -> Path:
     """The folder of an export by the public interface; int8 may cost anything: the weights are random."""
-    from castling_deploy.request import Int8
-
     result = castling_deploy.export(
         trained(name, size),
         target=target,
@@ -165,7 +162,6 @@ def executorch(scratch: Path) -> list[Ratio]:
 # tokens
 
 
-@cache
 def scaled(scratch: Path) -> Mapping[int, dict[str, Path]]:
     name = NETWORKS[0]
     sizes = SIZES if every_network else (224, 512, 1024)

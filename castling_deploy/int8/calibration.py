@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from castling_deploy.errors import UsageError
+from castling_deploy.int8.quantised import rounded
 from castling_deploy.preprocessing import Preprocessing
 from castling_deploy.target import FEW_ROWS, scale_of
 
-SAMPLES = 64  # images by default: ranges of Castling-DeiT-digits change by less than 1 % beyond 32
+SAMPLES = 64  # images by default
 KEPT = 4096  # values of every image and module that a clipping is judged by
 SHARES = tuple(np.linspace(1.0, 0.3, 15).tolist())  # of an end of the range that are tried
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -32,10 +33,14 @@ def calibration_images(
     """
     count = samples or SAMPLES
     if data is None:
-        spread = np.linspace(0, len(bundled) - 1, min(count, len(bundled))).round().astype(int)
-        return preprocessing.normalised(bundled[spread])
+        return preprocessing.normalised(bundled[_spread(len(bundled), count)])
     pictures = _of_folder(data, count) if data.is_dir() else _of_archive(data, count)
     return preprocessing.normalised(np.stack([preprocessing.resized(picture) for picture in pictures]))
+
+
+def _spread(total: int, count: int) -> npt.NDArray[np.intp]:
+    """`count` of `total` places, or all of them, spread evenly."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(np.intp)
 
 
 def _of_folder(folder: Path, count: int) -> list[npt.NDArray[np.uint8]]:
@@ -44,9 +49,8 @@ def _of_folder(folder: Path, count: int) -> list[npt.NDArray[np.uint8]]:
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
     if not files:
         raise UsageError(f"there is no image in '{folder}'", hint=f"--calib-data takes {', '.join(IMAGES)} files")
-    chosen = [files[index] for index in np.linspace(0, len(files) - 1, min(count, len(files))).round().astype(int)]
     pictures = []
-    for path in chosen:
+    for path in (files[index] for index in _spread(len(files), count)):
         try:
             with Image.open(path) as picture:
                 pictures.append(np.asarray(picture.convert("RGB")))
@@ -67,7 +71,7 @@ def _of_archive(path: Path, count: int) -> npt.NDArray[np.uint8]:
         raise UsageError(
             f"'{path}' holds {images.dtype} of shape {images.shape}", hint="store uint8 pictures (n, H, W, C)"
         )
-    return images[np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)]
+    return images[_spread(len(images), count)]
 
 
 @torch.no_grad()
@@ -112,6 +116,4 @@ def clipped(values: torch.Tensor, ends: Range, *, symmetric: bool) -> Range:
 
 
 def _loss(values: torch.Tensor, ends: Range, *, symmetric: bool) -> float:
-    scale, zero, lowest, highest = scale_of(ends, symmetric=symmetric)
-    levels = (values / scale).round().add(zero).clamp(lowest, highest).sub(zero)
-    return (levels * scale - values).square().mean().item()
+    return (rounded(values, *scale_of(ends, symmetric=symmetric)) - values).square().mean().item()

@@ -19,15 +19,19 @@ class QuantisedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, quantisation: Quantisation, path: str) -> None:
         super().__init__()
-        self.scale, self.zero, self.lowest, self.highest = quantisation.scale(path)
+        self.levels = quantisation.scale(path)
         levels, scales = weight_levels(linear.weight.detach())
-        steps = scales * self.scale  # (C_out,)
+        steps = scales * self.levels[0]  # (C_out,)
         self.weight = nn.Buffer(levels * scales[:, None])
         self.bias = None if linear.bias is None else nn.Buffer((linear.bias.detach() / steps).round() * steps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        levels = (x / self.scale).round().add(self.zero).clamp(self.lowest, self.highest).sub(self.zero)
-        return nn.functional.linear(levels * self.scale, self.weight, self.bias)
+        return nn.functional.linear(rounded(x, *self.levels), self.weight, self.bias)
+
+
+def rounded(x: torch.Tensor, scale: float, zero: int, lowest: int, highest: int) -> torch.Tensor:
+    """x as activations in 8 bits hold it: the nearest level, clipped to the range."""
+    return (x / scale).round().add(zero).clamp(lowest, highest).sub(zero) * scale
 
 
 def weight_levels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
