@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from exported import CLASSIFIER, exported, golden_inputs, outputs_of, passed, verdicts
+from exported import CLASSIFIER, exported, outputs_of, passed, verdicts
 from folded_networks import folded_network, images_for, network_of
 from torch import nn
 
@@ -63,14 +62,6 @@ def test_a_sum_that_leaves_float16_on_the_way_overflows_here_and_not_in_float32(
         expected = network.module(torch.from_numpy(images)).numpy()
     assert not np.isfinite(narrow).any()
     assert np.abs(np.subtract(wide, expected)).max() < 2e-2 * np.abs(expected).max()
-
-
-def test_all_its_images_take_less_than_ten_seconds() -> None:
-    folder, runner = exported(CLASSIFIER, "coreml", "fp16"), MilHalf()
-    before = time.process_time()
-    outputs_of(runner, folder, 8)
-    assert runner.images is not None
-    assert (time.process_time() - before) * runner.images / len(golden_inputs(folder)) < 10
 
 
 def test_it_is_a_reference_and_runs_core_ml_alone() -> None:
