@@ -104,7 +104,7 @@ def parity_document(report: ParityReport, ladder: Ladder) -> dict[str, Any]:
 def int8_document(lowered: Lowered) -> dict[str, Any]:
     """What computes in 8 bits and in which range, what stays in float, and what that costs."""
     return {
-        "activations": "int8" if lowered.quantisation.symmetric else "uint8",
+        "activations": lowered.quantisation.activations,
         "drop": lowered.drop,
         "max_drop": lowered.max_drop,
         "labelled": lowered.labelled,

@@ -27,7 +27,7 @@ from castling_deploy.probes import probes_for
 from castling_deploy.progress import Progress, Silent
 from castling_deploy.quiet import toolchain
 from castling_deploy.request import Request, Step, plan
-from castling_deploy.target import Artifact, Missing, Network, Precision, refuse_for_task, symmetric
+from castling_deploy.target import Artifact, Missing, Network, Precision, activations_of, refuse_for_task
 from castling_deploy.task import task_named
 from castling_deploy.verification import lowered_rung, measure, verify_artifact
 
@@ -106,7 +106,7 @@ def produce(request: Request, step: Step, card: ModelCard, ladder: Ladder, progr
             folder = stack.enter_context(artifact_folder(path, overwrite=request.overwrite))
             if step.precision is Precision.INT8:
                 with progress.stage(f"{name}: calibrate") as advance:
-                    ladder = in_8_bits(ladder, request.int8, advance, symmetric=symmetric(step.target))
+                    ladder = in_8_bits(ladder, request.int8, activations_of(step.target), advance)
             with progress.stage(f"{name}: export {step.precision}"):
                 audit = ladder.range_audit if request.islands and step.precision is Precision.FP16 else None
                 levels = ladder.in_8_bits.quantisation if ladder.in_8_bits else None

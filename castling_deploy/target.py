@@ -37,6 +37,18 @@ class Precision(StrEnum):
     INT8 = "int8"
 
 
+class Activations(StrEnum):
+    """What the 8 bits of an activation stand for; the values are the names in parity.json.
+
+    One range per tensor, found by calibration: with a zero point, or around zero. Or one per token and image, with a
+    zero point, found while the artefact runs.
+    """
+
+    UINT8 = "uint8"
+    INT8 = "int8"
+    PER_TOKEN = "int8 per token"
+
+
 class WitnessKind(StrEnum):
     """How much a witness's word is worth, strongest first. A report never calls a witness more than it is."""
 
@@ -84,15 +96,14 @@ FEW_ROWS = 16
 WEIGHT_LEVELS = 127  # of an 8-bit weight, to either side of zero: -128 would make it lopsided
 
 
-def scale_of(ends: tuple[float, float], *, symmetric: bool) -> tuple[float, int, int, int]:
-    """Scale, zero point, lowest and highest level of 8-bit activations in the range `ends`, which holds zero.
-
-    uint8 with a zero point, or int8 around zero (`symmetric`). The scale is a float32 number.
+def scale_of(ends: tuple[float, float], activations: Activations) -> tuple[float, int, int, int]:
+    """Scale, zero point, lowest and highest level of calibrated 8-bit activations in the range `ends`, which holds
+    zero. The scale is a float32 number.
     """
     import numpy as np
 
     low, high = min(ends[0], 0.0), max(ends[1], 0.0)
-    if symmetric:
+    if activations is Activations.INT8:
         return float(np.float32(max(-low, high, 1e-30) / 127)), 0, -128, 127
     scale = float(np.float32(max(high - low, 1e-30) / 255))
     return scale, round(-low / scale), 0, 255
@@ -102,16 +113,15 @@ def scale_of(ends: tuple[float, float], *, symmetric: bool) -> tuple[float, int,
 class Quantisation:
     """Which Linears compute in 8 bits, by their paths, and the range (lo, hi) of what each of them is given.
 
-    Weights are int8 with one scale per output channel; activations uint8 with a zero point, or int8 around zero where
-    they are `symmetric`, one scale per tensor. Everything else stays in float.
+    Weights are int8 with one scale per output channel. Everything else stays in float.
     """
 
     ranges: Mapping[str, tuple[float, float]]
-    symmetric: bool
+    activations: Activations
 
     def scale(self, path: str) -> tuple[float, int, int, int]:
         """Scale, zero point, lowest and highest level of what the Linear `path` is given."""
-        return scale_of(self.ranges[path], symmetric=self.symmetric)
+        return scale_of(self.ranges[path], self.activations)
 
 
 @dataclass(frozen=True)
@@ -282,15 +292,15 @@ class SlowWitness(Protocol):
     images: Mapping[Precision, int]  # real images that the witness can afford; a precision left out: all of them
 
 
-class Symmetric(Protocol):
-    """A target that takes int8 activations around zero alone: an optional member of it."""
+class Quantised(Protocol):
+    """A target in int8 whose activations are not those of ONNX Runtime: an optional member of it."""
 
-    symmetric: bool
+    activations: Activations
 
 
-def symmetric(target: Target) -> bool:
-    """Whether 8-bit activations of this target have no zero point."""
-    return bool(getattr(target, "symmetric", False))
+def activations_of(target: Target) -> Activations:
+    """What an activation in 8 bits is for this target."""
+    return Activations(getattr(target, "activations", Activations.UINT8))
 
 
 def images_for(target: Target, precision: Precision) -> int | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError
-from castling_deploy.target import WEIGHT_LEVELS, Quantisation
+from castling_deploy.target import WEIGHT_LEVELS, Activations, Quantisation
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,7 +75,7 @@ class _Rewriting:
         levels, scales = self._weight(weight)
         self.done.add(path)
         bias = self._bias(node)
-        if bias is None or self.quantisation.symmetric:
+        if bias is None or self.quantisation.activations is Activations.INT8:
             self.nodes.append(onnx.helper.make_node("MatMul", [rows, levels], node.output, node.name))
             return
         added, name = bias
@@ -111,7 +111,7 @@ class _Rewriting:
                 if not any(known[0] == name for known in self.quantised)
                 else f"{name}/8bit_{len(self.quantised)}"
             )
-            dtype = np.int8 if self.quantisation.symmetric else np.uint8
+            dtype = np.int8 if self.quantisation.activations is Activations.INT8 else np.uint8
             constants = [
                 self._constant(f"{made}/scale", np.asarray(scale, np.float32)),
                 self._constant(f"{made}/zero", np.asarray(zero, dtype)),

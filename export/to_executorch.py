@@ -18,9 +18,21 @@ from castling_deploy.export.half_network import in_half
 from castling_deploy.export.pte_contents import PteContents, pte_contents
 from castling_deploy.export.scopes import inside
 from castling_deploy.export.xnnpack_forms import in_xnnpack_forms
+from castling_deploy.export.xnnpack_int8 import in_8_bits
 from castling_deploy.export.xnnpack_payload import read_payload
 from castling_deploy.facts import stating
-from castling_deploy.target import Artifact, Attestation, Missing, Network, Precision, Session, Witness, WitnessKind
+from castling_deploy.int8.quantised import weight_levels
+from castling_deploy.target import (
+    Activations,
+    Artifact,
+    Attestation,
+    Missing,
+    Network,
+    Precision,
+    Session,
+    Witness,
+    WitnessKind,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -89,14 +101,15 @@ class ExecuTorchTarget:
     """One model.pte, delegated to XNNPACK, in float32 or with float16 weights and arithmetic.
 
     In float16 the interface stays float32. ExecuTorch keeps the kernels of convolutions in float32 inside the file,
-    and GELU runs outside XNNPACK, which has no float16 kernel for it.
+    and GELU runs outside XNNPACK, which has no float16 kernel for it. In int8 the Linears are (`xnnpack_int8`).
     """
 
     name = "executorch"
     file = FILE
     extra = "executorch"
     runtime = "executorch"
-    precisions: tuple[Precision, ...] = (Precision.FP32, Precision.FP16)
+    precisions: tuple[Precision, ...] = (Precision.FP32, Precision.FP16, Precision.INT8)
+    activations = Activations.PER_TOKEN  # XNNPACK's Linear with float outputs: nothing is quantised between two of them
     options: type[Any] = ExecuTorchOptions
     selftests: Mapping[str, str] = {"selftest.py": "run_executorch.py", "Selftest.kt": "Selftest.kt"}
 
@@ -118,7 +131,7 @@ class ExecuTorchTarget:
         pass  # every batch can be fixed
 
     def lowered(self, network: Network, options: ExecuTorchOptions) -> nn.Module:
-        return in_xnnpack_forms(traced(network, Precision.FP32)).module(check_guards=False)
+        return in_xnnpack_forms(traced(replace(network, quantisation=None), Precision.FP32)).module(check_guards=False)
 
     def export(self, network: Network, precision: Precision, options: ExecuTorchOptions, folder: Path) -> Artifact:
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -200,7 +213,11 @@ def traced(network: Network, precision: Precision) -> torch.export.ExportedProgr
                 f"'{spec.name}' has the shape {spec.shape}, and a .pte file for XNNPACK has fixed shapes",
                 hint="give every axis a size: --batch-size, --imgsz",
             )
-    module = in_half(network.module, network.islands) if precision is Precision.FP16 else network.module
+    module = network.module
+    if precision is Precision.FP16:
+        module = in_half(module, network.islands)
+    if network.quantisation is not None:
+        module = in_8_bits(module, network.quantisation)
     try:
         with torch.no_grad():
             return torch.export.export(module, network.example())
@@ -265,10 +282,16 @@ def check(contents: PteContents, network: Network, precision: Precision) -> None
 
     if not contents.delegates and not network.part:
         raise ExportError("XNNPACK takes no operation of this network", hint="report this network")
+    in_8_bits = network.quantisation.ranges if network.quantisation else {}
     for name, module in network.module.named_modules():
-        narrow = precision is Precision.FP16 and not inside(name, network.islands)
-        dtype = torch.float16 if narrow else torch.float32
-        if isinstance(module, nn.Linear) and stored(module.weight.detach().to(dtype)) not in contents.constants:
+        if not isinstance(module, nn.Linear):
+            continue
+        weight = module.weight.detach()
+        if name in in_8_bits:
+            weight = weight_levels(weight)[0].to(torch.int8)
+        elif precision is Precision.FP16 and not inside(name, network.islands):
+            weight = weight.half()
+        if stored(weight) not in contents.constants:
             raise ExportError(
                 f"{precision} was asked for, and the file does not hold {name}.weight in it", hint="report this network"
             )

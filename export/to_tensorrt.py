@@ -21,7 +21,17 @@ from castling_deploy.export import onnx_attest, tensorrt_build, to_onnx
 from castling_deploy.export.onnx_session import OnnxSession
 from castling_deploy.export.tensorrt_session import EngineSession
 from castling_deploy.facts import stating
-from castling_deploy.target import Artifact, Attestation, Missing, Network, Precision, Session, Witness, WitnessKind
+from castling_deploy.target import (
+    Activations,
+    Artifact,
+    Attestation,
+    Missing,
+    Network,
+    Precision,
+    Session,
+    Witness,
+    WitnessKind,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -96,7 +106,7 @@ class TensorRTTarget:
     extra = "tensorrt-rtx"
     runtime = "tensorrt"
     precisions: tuple[Precision, ...] = (Precision.FP16, Precision.FP32, Precision.INT8)
-    symmetric = True  # its parser takes no zero point but 0
+    activations = Activations.INT8  # its parser takes no zero point but 0
     options: type[Any] = TensorRTOptions
     selftests: Mapping[str, str] = {"selftest.py": "run_onnxruntime.py"}
 

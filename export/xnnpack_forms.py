@@ -37,7 +37,9 @@ def in_xnnpack_forms(program: torch.export.ExportedProgram) -> torch.export.Expo
         aten.mul.Tensor: scalar_product,
         aten.upsample_nearest2d.vec: nearest_doubling,
     }
-    return constant_prop_pass(program.run_decompositions(forms))
+    # int8 weights are constants too, and have to stay in 8 bits
+    kept: set[Any] = {torch.ops.quantized_decomposed.dequantize_per_channel.default}
+    return constant_prop_pass(program.run_decompositions(forms), kept)
 
 
 def weighted_sum(x: Tensor, weight: float, plus: float | None = None) -> Tensor:

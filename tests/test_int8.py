@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +23,18 @@ from castling_deploy import bundled
 from castling_deploy.artifact import sealed
 from castling_deploy.checkpoint import read
 from castling_deploy.errors import ExportError, UsageError
+from castling_deploy.export.pte_contents import pte_contents
+from castling_deploy.export.xnnpack_payload import read_payload
 from castling_deploy.folder import sha256
 from castling_deploy.identify import identify
 from castling_deploy.int8.calibration import calibration_images, clipped, ranges
-from castling_deploy.int8.quantised import QuantisedLinear, quantised
+from castling_deploy.int8.quantised import QuantisedLinear, quantised, rounded_per_token
 from castling_deploy.int8.sensitivity import in_8_bits, lowered
 from castling_deploy.ladder import Ladder, climb
 from castling_deploy.preprocessing import Preprocessing
 from castling_deploy.probes import probes_for
 from castling_deploy.request import Int8
-from castling_deploy.target import Quantisation, scale_of
+from castling_deploy.target import Activations, Quantisation, scale_of
 from castling_deploy.task import task_named
 
 TRANSFORMER = "castling-deit-digits"
@@ -46,7 +49,7 @@ def transformer() -> tuple[nn.Module, object]:
     return identify(read(bundled.checkpoint_path(TRANSFORMER)))
 
 
-@pytest.mark.parametrize("target", ["onnx", "tensorrt"])
+@pytest.mark.parametrize("target", ["onnx", "tensorrt", "executorch"])
 def test_artefact_computes_what_the_network_in_8_bits_computes(target: str) -> None:
     parity = json.loads((exported(CLASSIFIER, target, "int8").path / "parity.json").read_text())
     assert parity["verdict"] == "pass" and parity["power"] > 0.95
@@ -80,13 +83,36 @@ def test_tensorrt_gets_symmetric_activations_and_float_biases() -> None:
     assert not any(values.dtype == np.int32 for values in constants.values())
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_quantised_linear_is_exact_on_its_own_levels(symmetric: bool) -> None:
+def test_xnnpack_takes_the_whole_network_and_its_weights_are_in_8_bits() -> None:
+    folder = exported(CLASSIFIER, "executorch", "int8")
+    manifest = json.loads((folder.path / "manifest.json").read_text())
+    linears = len(json.loads((folder.path / "parity.json").read_text())["int8"]["ranges"])
+    assert (manifest["details"]["delegates"], manifest["details"]["outside"]) == (1, {})
+    data = (folder.path / "model.pte").read_bytes()
+    payload = read_payload(pte_contents(data).payloads[0][1])
+    assert payload.products["int8"] == linears > 20
+    assert len(data) < 0.75 * exported(CLASSIFIER, "onnx", "fp32").path.joinpath("model.onnx").stat().st_size
+
+
+def test_a_token_is_rounded_as_the_operation_that_xnnpack_takes() -> None:
+    import_module("executorch.exir.operator.util")  # defines the operations
+    ops = torch.ops.quantized_decomposed
+    x = torch.randn(5, 7, 32, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 3, 7)[:, None]
+    x[0, 0], x[1, 1], x[2, 2] = 0.0, x[1, 1].abs(), -x[2, 2].abs()
+    scale, zero = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
+    levels = ops.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
+    expected = ops.dequantize_per_token(levels, scale, zero, -128, 127, torch.int8, torch.float32)
+    torch.testing.assert_close(rounded_per_token(x), expected, rtol=1e-5, atol=1e-7)
+    assert ((rounded_per_token(x) - x).abs() <= scale * 0.501).all()
+
+
+@pytest.mark.parametrize("activations", [Activations.UINT8, Activations.INT8])
+def test_quantised_linear_is_exact_on_its_own_levels(activations: Activations) -> None:
     linear = nn.Linear(8, 4)
     levels = torch.randint(-127, 128, (4, 8)).float()
     levels[:, 0] = 127  # so that the scale is what it is
     scales = torch.tensor([0.5, 0.25, 1.0, 2.0])
-    quantisation = Quantisation({"it": (-1.0, 1.0)}, symmetric)
+    quantisation = Quantisation({"it": (-1.0, 1.0)}, activations)
     scale, zero, low, high = quantisation.scale("it")
     with torch.no_grad():
         linear.weight.copy_(levels * scales[:, None])
@@ -97,8 +123,8 @@ def test_quantised_linear_is_exact_on_its_own_levels(symmetric: bool) -> None:
 
 def test_zero_is_a_level_and_the_whole_range_is_held() -> None:
     for ends in ((-1.0, 3.0), (0.0, 2.0), (-5.0, 0.0), (0.0, 0.0), (0.5, 2.0)):
-        for symmetric in (False, True):
-            scale, zero, low, high = scale_of(ends, symmetric=symmetric)
+        for activations in (Activations.UINT8, Activations.INT8):
+            scale, zero, low, high = scale_of(ends, activations)
             assert low <= zero <= high and scale > 0
             assert (high - zero) * scale >= ends[1] * 0.99 and (low - zero) * scale <= min(ends[0], 0.0) * 0.99 + scale
 
@@ -107,10 +133,10 @@ def test_an_outlier_does_not_take_the_levels_of_all_others() -> None:
     values = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0))
     values[0] = 30.0
     whole = (values.min().item(), values.max().item())
-    chosen = clipped(values, whole, symmetric=False)
+    chosen = clipped(values, whole, Activations.UINT8)
 
     def error(ends: tuple[float, float]) -> float:
-        scale, zero, low, high = scale_of(ends, symmetric=False)
+        scale, zero, low, high = scale_of(ends, Activations.UINT8)
         levels = (values / scale).round().add(zero).clamp(low, high).sub(zero)
         return (levels * scale - values).square().mean().item()
 
@@ -129,25 +155,25 @@ def with_an_outlier(network: nn.Module) -> nn.Module:
 def test_the_module_that_8_bits_hurt_stays_in_float_and_no_other(transformer: tuple[nn.Module, object]) -> None:
     network, card = identify(read(bundled.checkpoint_path(TRANSFORMER)))
     ladder = ladder_of(with_an_outlier(network), card)
-    chosen = in_8_bits(ladder, Int8(max_drop=0.5), symmetric=False).in_8_bits
+    chosen = in_8_bits(ladder, Int8(max_drop=0.5), Activations.UINT8).in_8_bits
     assert chosen is not None
     assert chosen.kept == ("blocks.1.mlp.fc2",) and chosen.ranking[0][0] == "blocks.1.mlp.fc2"
     assert chosen.drop <= 0.5 and "blocks.1.mlp.fc2" not in chosen.quantisation.ranges
-    everything = Quantisation(ranges(ladder.folded, ladder.probes.tensors[:16], symmetric=False), symmetric=False)
+    everything = Quantisation(ranges(ladder.folded, ladder.probes.tensors[:16], Activations.UINT8), Activations.UINT8)
     assert lowered(ladder, everything, 0.5).drop > 0.5  # what the budget was for
 
 
 def test_a_budget_that_nothing_keeps_is_refused(transformer: tuple[nn.Module, object]) -> None:
     ladder = ladder_of(*transformer)
     with pytest.raises(ExportError, match="loses more than -101 points"):
-        in_8_bits(ladder, Int8(max_drop=-101.0), symmetric=False)
+        in_8_bits(ladder, Int8(max_drop=-101.0), Activations.UINT8)
 
 
 def test_heads_and_everything_but_linears_stay_in_float(transformer: tuple[nn.Module, object]) -> None:
     ladder = ladder_of(*transformer)
-    found = ranges(ladder.folded, ladder.probes.tensors[:2], symmetric=False)
+    found = ranges(ladder.folded, ladder.probes.tensors[:2], Activations.UINT8)
     assert "head" not in found and "blocks.0.mlp.fc1" in found
-    network = quantised(ladder.folded, Quantisation(found, symmetric=False))
+    network = quantised(ladder.folded, Quantisation(found, Activations.UINT8))
     assert isinstance(network.get_submodule("head"), nn.Linear)
     assert isinstance(ladder.folded.get_submodule("blocks.0.mlp.fc1"), nn.Linear), "the folded network was changed"
 

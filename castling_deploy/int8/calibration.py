@@ -14,7 +14,7 @@ from torch import nn
 from castling_deploy.errors import UsageError
 from castling_deploy.int8.quantised import rounded
 from castling_deploy.preprocessing import Preprocessing
-from castling_deploy.target import FEW_ROWS, scale_of
+from castling_deploy.target import FEW_ROWS, Activations, scale_of
 
 SAMPLES = 64  # images by default
 KEPT = 4096  # values of every image and module that a clipping is judged by
@@ -75,11 +75,12 @@ def _of_archive(path: Path, count: int) -> npt.NDArray[np.uint8]:
 
 
 @torch.no_grad()
-def ranges(network: nn.Module, tensors: npt.NDArray[np.float32], *, symmetric: bool) -> Mapping[str, Range]:
+def ranges(network: nn.Module, tensors: npt.NDArray[np.float32], activations: Activations) -> Mapping[str, Range]:
     """(lo, hi) of the input of every Linear of `network` that sees FEW_ROWS tokens or more, by its path.
 
-    Outliers are clipped where that makes the mean square of all rounding errors smaller; zero is always inside. A
-    Linear that sees fewer, like a head, stays in float: it costs nothing, and it decides.
+    Outliers are clipped where that makes the mean square of all rounding errors smaller, unless every token has its own
+    range; zero is always inside. A Linear that sees fewer, like a head, stays in float: it costs nothing, and it
+    decides.
     """
     seen: dict[str, list[torch.Tensor]] = {}
     ends: dict[str, Range] = {}
@@ -103,17 +104,19 @@ def ranges(network: nn.Module, tensors: npt.NDArray[np.float32], *, symmetric: b
     finally:
         for hook in hooks:
             hook.remove()
-    return {path: clipped(torch.cat(values), ends[path], symmetric=symmetric) for path, values in seen.items()}
+    if activations is Activations.PER_TOKEN:
+        return ends
+    return {path: clipped(torch.cat(values), ends[path], activations) for path, values in seen.items()}
 
 
-def clipped(values: torch.Tensor, ends: Range, *, symmetric: bool) -> Range:
+def clipped(values: torch.Tensor, ends: Range, activations: Activations) -> Range:
     """The part of the range `ends` that loses least on `values`: first its upper end is moved, then its lower one."""
     best = ends
     for end in (1, 0):
         candidates = [(best[0], ends[1] * share) if end else (ends[0] * share, best[1]) for share in SHARES]
-        best = min(candidates, key=lambda candidate: _loss(values, candidate, symmetric=symmetric))
+        best = min(candidates, key=lambda candidate: _loss(values, candidate, activations))
     return best
 
 
-def _loss(values: torch.Tensor, ends: Range, *, symmetric: bool) -> float:
-    return (rounded(values, *scale_of(ends, symmetric=symmetric)) - values).square().mean().item()
+def _loss(values: torch.Tensor, ends: Range, activations: Activations) -> float:
+    return (rounded(values, *scale_of(ends, activations)) - values).square().mean().item()

@@ -16,7 +16,7 @@ from castling_deploy.int8.quantised import quantised
 from castling_deploy.ladder import Ladder, Lowered, run
 from castling_deploy.parity import QUANTISED, Reference, Rung, Verdict, worst
 from castling_deploy.request import Int8
-from castling_deploy.target import Quantisation
+from castling_deploy.target import Activations, Quantisation
 from castling_deploy.task import Outputs
 
 # Without labels the outputs themselves are looked at: half a point then is an error of a quarter of their spread.
@@ -25,7 +25,7 @@ RANKED_ON = 16  # real images
 
 
 def in_8_bits(
-    ladder: Ladder, asked: Int8, advance: Callable[[float], None] = lambda share: None, *, symmetric: bool
+    ladder: Ladder, asked: Int8, activations: Activations, advance: Callable[[float], None] = lambda share: None
 ) -> Ladder:
     """The ladder of an int8 artefact: as many Linears in 8 bits as the budget allows, the most sensitive ones in float.
 
@@ -33,7 +33,7 @@ def in_8_bits(
     """
     probes = ladder.probes
     images = calibration_images(asked.data, asked.samples, probes.preprocessing, probes.images[: probes.real])
-    found = Quantisation(ranges(ladder.folded, images, symmetric=symmetric), symmetric)
+    found = Quantisation(ranges(ladder.folded, images, activations), activations)
     advance(0.2)
     chosen = lowered(ladder, found, asked.max_drop)
     if chosen.rung.verdict is not Verdict.PASS:
@@ -51,7 +51,7 @@ def in_8_bits(
 def in_saved_8_bits(ladder: Ladder, document: Mapping[str, Any]) -> Ladder:
     """The ladder of an artefact that was made already, by the ranges in its parity.json."""
     ranges_ = {path: (low, high) for path, (low, high) in document["ranges"].items()}
-    quantisation = Quantisation(ranges_, document["activations"] == "int8")
+    quantisation = Quantisation(ranges_, Activations(document["activations"]))
     kept, ranking = tuple(document["kept_in_float"]), tuple(document["ranking"].items())
     return replace(ladder, in_8_bits=lowered(ladder, quantisation, document["max_drop"], kept, ranking))
 
@@ -105,7 +105,8 @@ def lowered(
     ranking: tuple[tuple[str, float], ...] = (),
 ) -> Lowered:
     """What the network computes in these 8 bits, and whether it costs more than `max_drop` points."""
-    outputs = run(quantised(ladder.folded, quantisation), list(ladder.references), ladder.probes.tensors)
+    network, names = quantised(ladder.folded, quantisation), list(ladder.references)
+    outputs = run(network, names, ladder.probes.tensors)
     rel = _rel(ladder, outputs)
     before, after = ladder.reference_score, ladder.score(outputs)
     labelled = before is not None and after is not None
@@ -114,7 +115,12 @@ def lowered(
     else:
         drop = float("inf") if rel is None else rel / SPREAD_PER_POINT
     rung = Rung(QUANTISED, rel, None, Verdict.PASS if drop <= max_drop else Verdict.FAIL)
-    references = {name: replace(reference, outputs=outputs[name]) for name, reference in ladder.references.items()}
+    rows = ladder.probes.rows(ladder.few)
+    exact = run(network.double(), names, ladder.few.tensors.astype(np.float64))
+    references = {
+        name: replace(reference, outputs=outputs[name], noise=reference.rel(outputs[name][rows], exact[name]) or 0.0)
+        for name, reference in ladder.references.items()
+    }
     return Lowered(quantisation, references, rung, kept, ranking, drop, max_drop, labelled)
 
 
