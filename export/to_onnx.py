@@ -16,6 +16,7 @@ from castling_deploy.errors import ExportError, UsageError
 from castling_deploy.export import onnx_attest, onnx_nms
 from castling_deploy.export.onnx_half import half, inferred
 from castling_deploy.export.onnx_int8 import in_8_bits
+from castling_deploy.export.onnx_norms import with_lp_norms
 from castling_deploy.export.onnx_session import OnnxSession
 from castling_deploy.export.onnx_unbatched import unbatched
 from castling_deploy.facts import stating
@@ -167,6 +168,8 @@ class OnnxTarget:
         artifact = Artifact((FILE,), inputs, outputs, tools(), ("onnxruntime",), usage)
         told = stating(network, self.name, precision, options, artifact)
         model = onnx_model(told, precision, options.opset, dynamic=options.dynamic, nms=options.nms)
+        if precision is not Precision.FP16:  # whose small vectors need their own guard
+            model = inferred(with_lp_norms(model))
         write(model, folder / FILE)
         details = facts(model)
         if options.nms:
