@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from castling_deploy.errors import ExportError, ShapeError
+from castling_deploy.errors import ExportError, ShapeError, UsageError
 from castling_deploy.export.attesting import attestation
 from castling_deploy.export.executorch_session import METADATA, ExecuTorchSession
 from castling_deploy.export.half_network import in_half
@@ -94,7 +94,16 @@ def run(folder, inputs):
 
 @dataclass(frozen=True)
 class ExecuTorchOptions:
-    """There is nothing to choose: shapes are fixed and XNNPACK is the only backend."""
+    """`min_delegated` percent of the operations have to run inside XNNPACK, or the export fails.
+
+    Raises UsageError for what is no percentage.
+    """
+
+    min_delegated: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_delegated <= 100:
+            raise UsageError(f"{self.min_delegated:g} % of the operations", hint="--min-delegated takes 0 to 100")
 
 
 class ExecuTorchTarget:
@@ -160,8 +169,10 @@ class ExecuTorchTarget:
         data = edge.to_executorch().buffer
         contents = pte_contents(data)
         check(contents, network, precision)
+        details = facts(contents, edge.exported_program().graph_module, precision)
+        require_delegated(details, options.min_delegated)
         (folder / FILE).write_bytes(data)
-        return replace(artifact, details=facts(contents, edge.exported_program().graph_module, precision))
+        return replace(artifact, details=details)
 
     def attest(self, folder: Path, artifact: Artifact, precision: Precision) -> Attestation:
         try:
@@ -250,6 +261,17 @@ def facts(contents: PteContents, edge: torch.fx.GraphModule, precision: Precisio
         "delegated_ops": inside,
         "delegated": inside / (inside + sum(contents.outside.values())),
     }
+
+
+def require_delegated(details: Mapping[str, Any], percent: float) -> None:
+    """Raises ExportError where XNNPACK takes less than `percent` of the operations; names those that it does not."""
+    if 100 * details["delegated"] < percent:
+        outside = ", ".join(f"{count} {name.partition('::')[2]}" for name, count in details["outside"].items())
+        raise ExportError(
+            f"XNNPACK takes {100 * details['delegated']:.1f} % of the operations, and {percent:g} % were asked for; "
+            f"outside are {outside}",
+            hint="use --precision fp32, whose operations XNNPACK takes, or a lower --min-delegated",
+        )
 
 
 def contained(contents: PteContents, precision: Precision) -> dict[str, Any]:

@@ -36,6 +36,9 @@ ALL = "all"
 @click.option("--opset", type=int, help="ONNX opset.")
 @click.option("--nms", is_flag=True, help="A detector's boxes in the graph, after its raw outputs; ONNX only.")
 @click.option("--input", "content", metavar="KIND", help="tensor (normalised) or image (pixels), where the target can.")
+@click.option(
+    "--min-delegated", type=float, metavar="PERCENT", help="Of the operations, inside XNNPACK; ExecuTorch only."
+)
 @click.option("--calib-data", type=click.Path(path_type=Path), help="Folder or .npz of images to calibrate int8 on.")
 @click.option("--calib-samples", type=click.IntRange(1), help="How many of them. Default: 64.")
 @click.option("--max-drop", type=click.FloatRange(0), help="Points of the score that int8 may cost. Default: 0.5.")
@@ -73,6 +76,7 @@ def export(
     opset: int | None,
     nms: bool,
     content: str | None,
+    min_delegated: float | None,
     calib_data: Path | None,
     calib_samples: int | None,
     max_drop: float | None,
@@ -95,6 +99,7 @@ def export(
         "opset": opset,
         "nms": nms or None,
         "input": content,
+        "min_delegated": min_delegated,
     }
     request = Request(
         targets=_names(targets),

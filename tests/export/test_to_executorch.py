@@ -14,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from deployments import castling
 from folded_networks import folded_network, images_for, logits_of, network_of
 from networks import SMALL_DEIT, conditioned
 
 from castling_deploy.castle import castle
-from castling_deploy.errors import ExportError, ShapeError
+from castling_deploy.errors import ExportError, ShapeError, UsageError
 from castling_deploy.export import to_executorch
 from castling_deploy.export.pte_contents import pte_contents
-from castling_deploy.export.to_executorch import CAST, ExecuTorchOptions, ExecuTorchTarget, check
+from castling_deploy.export.to_executorch import CAST, ExecuTorchOptions, ExecuTorchTarget, check, require_delegated
 from castling_deploy.fold import fold
 from castling_deploy.models.deit import CastlingDeiT
 from castling_deploy.probes import probes_for
@@ -108,6 +109,17 @@ def test_float16_network_names_what_runs_outside(half: Exported) -> None:
     assert (details["delegates"], details["outside"]) == (2, {"aten::gelu": 1, CAST: 2})
     assert details["delegated"] == details["delegated_ops"] / (details["delegated_ops"] + 3)
     assert "1 gelu" in details["notes"][0] and "Armv8.2-A" in details["notes"][1]
+
+
+def test_a_floor_of_what_xnnpack_takes_fails_the_export_that_is_below(half: Exported) -> None:
+    details = half.artifact.details
+    require_delegated(details, 100 * details["delegated"])
+    with pytest.raises(ExportError, match=r"100 % were asked for; outside are .*1 gelu"):
+        require_delegated(details, 100.0)
+    with pytest.raises(UsageError, match="101 %"):
+        ExecuTorchOptions(101.0)
+    run = castling("export", "--target", "onnx", "--min-delegated", "90")
+    assert run.code == 2 and "has no option --min-delegated" in run.err
 
 
 def test_weights_are_stored_in_the_precision_that_was_asked_for(exported: Exported) -> None:
