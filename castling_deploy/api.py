@@ -19,6 +19,7 @@ from castling_deploy.errors import ParityError, ShapeError, TargetUnavailableErr
 from castling_deploy.execution import inputs_for, run_artifact
 from castling_deploy.fold import fold as folded
 from castling_deploy.identify import ModelCard, identify
+from castling_deploy.making import Result
 from castling_deploy.models.family import family_of
 from castling_deploy.parity import Array, Verdict
 from castling_deploy.probes import Probes
@@ -71,7 +72,7 @@ def export(
     overwrite: bool = False,
     int8: Int8 = Int8(),  # noqa: B008  # frozen
     **options: Any,
-) -> pipeline.Result:
+) -> Result:
     """Export, verify and describe one artefact; `result.path` is its folder. `options` are the target's own, `int8`
     says how to calibrate.
 

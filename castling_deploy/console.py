@@ -11,8 +11,9 @@ from rich.text import Text
 
 from castling_deploy.inspection import Inspection
 from castling_deploy.localising.localised_text import print_localised
+from castling_deploy.making import Result
 from castling_deploy.parity import Verdict
-from castling_deploy.pipeline import Deployment, Result
+from castling_deploy.pipeline import Deployment
 from castling_deploy.rechecking.comparison import Comparison, Quantity
 from castling_deploy.rechecking.rejudge import Rejudged
 from castling_deploy.report import model_bytes

@@ -64,6 +64,7 @@ class Worker:
         self._limits = limits or Limits()
         self._scratch = Scratch()
         self._process: subprocess.Popen[bytes] | None = None
+        self._interrupted = False
         self._in_process = bool(os.environ.get(IN_PROCESS))
         if not self._in_process:
             self._start()
@@ -92,6 +93,8 @@ class Worker:
         """
         if self._in_process:
             return here(subject, function, *arguments, advance=advance)
+        if self._interrupted:
+            raise CrashError(f"{subject}: interrupted")
         if self._process is None:
             self._start()
         job = self._scratch.path / "job"
@@ -147,6 +150,14 @@ class Worker:
         self._connection.close()
         self._log.close()
 
+    def interrupt(self) -> None:
+        """End the process from another thread: the call that waits for it fails, and so does every other one."""
+        self._interrupted = True
+        process = self._process
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+
     def close(self) -> None:
         """End the process and whatever it started."""
         self._stop()
@@ -159,6 +170,26 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Workers:
+    """Those that end together, whichever thread started them."""
+
+    def __init__(self) -> None:
+        self._all: list[Worker] = []
+        self._interrupted = False
+
+    def add(self, worker: Worker) -> None:
+        """One more, which is ended at once where the others were."""
+        self._all.append(worker)
+        if self._interrupted:
+            worker.interrupt()
+
+    def interrupt(self) -> None:
+        """See `Worker.interrupt`."""
+        self._interrupted = True
+        for worker in self._all:
+            worker.interrupt()
 
 
 class Call(Protocol):

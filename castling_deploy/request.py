@@ -41,6 +41,7 @@ class Request:
     islands: bool = True  # modules in float32 that float16 cannot hold
     localise: bool = True  # where an artefact fails
     int8: Int8 = field(default_factory=Int8)
+    jobs: int | None = None  # artefacts at once; None: by cores and memory
     limits: Limits = field(default_factory=Limits)  # of every process that runs a toolchain or an artefact
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,25 +25,54 @@ def stderr_console(descriptor: int | None = None) -> Console:
 
 
 class StderrProgress:
-    """Stages on the real stderr, even while a toolchain's noise is held back from file descriptor 2."""
+    """Stages on the real stderr, even while a toolchain's noise is held back from file descriptor 2.
+
+    Stages of several threads may run at the same time: a bar for each, in one display while there is any.
+    """
 
     def __init__(self) -> None:
         self.console = stderr_console(os.dup(sys.stderr.fileno()))
+        self._lock = threading.Lock()
+        self._bars: Progress | None = None
+        self._stages = 0
 
     @contextmanager
     def stage(self, title: str) -> Iterator[Advance]:
         """A bar while the stage runs (on a terminal), one line with its time when it is over."""
         started = time.perf_counter()
-        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
-            task = bar.add_task(title, total=None)
-            try:
-                yield lambda share: bar.update(task, total=1.0, completed=share)
-            except BaseException:
-                bar.stop()
-                self._line("x", "red", title, started)
-                raise
-        self._line("*", "green", title, started)
+        bars = self._opened()
+        task = bars.add_task(title, total=None)
+        mark, style = "x", "red"
+        try:
+            yield lambda share: bars.update(task, total=1.0, completed=share)
+            mark, style = "*", "green"
+        finally:
+            bars.remove_task(task)
+            self._closed()
+            self._line(mark, style, title, started)
+
+    def _opened(self) -> Progress:
+        with self._lock:
+            self._stages += 1
+            if self._bars is None:
+                self._bars = Progress(
+                    SpinnerColumn(),
+                    TextColumn("{task.description}", markup=False),
+                    BarColumn(),
+                    TimeElapsedColumn(),
+                    console=self.console,
+                    transient=True,
+                    disable=not self.console.is_terminal,
+                )
+                self._bars.start()
+            return self._bars
+
+    def _closed(self) -> None:
+        with self._lock:
+            self._stages -= 1
+            if self._bars is not None and not self._stages:
+                self._bars.stop()
+                self._bars = None
 
     def _line(self, mark: str, style: str, title: str, started: float) -> None:
         seconds = f"  {time.perf_counter() - started:.1f} s"

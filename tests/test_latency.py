@@ -9,7 +9,7 @@ from rich.console import Console
 
 from castling_deploy.console import print_doubts
 from castling_deploy.latency import MAX_ROUNDS, MIN_ROUNDS, WARMUP_RUNS, LatencyReport, Timing, doubts, interleaved
-from castling_deploy.pipeline import Result
+from castling_deploy.making import Result
 from castling_deploy.request import Step
 from castling_deploy.target import Precision, target_named
 

@@ -61,6 +61,7 @@ ALL = "all"
 @click.option(
     "--localise/--no-localise", default=True, show_default=True, help="Where parity fails, name the first wrong module."
 )
+@click.option("--jobs", "-j", type=click.IntRange(1), help="Artefacts at once. Default: by cores and memory.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
 @limited
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
@@ -86,6 +87,7 @@ def export(
     seed: int,
     islands: bool,
     localise: bool,
+    jobs: int | None,
     dry_run: bool,
     timeout: float | None,
     memory: float | None,
@@ -116,6 +118,7 @@ def export(
         seed=seed,
         islands=islands,
         localise=localise,
+        jobs=jobs,
         int8=Int8(calib_data, calib_samples, Int8.max_drop if max_drop is None else max_drop),
         limits=limits_of(timeout, memory),
     )
