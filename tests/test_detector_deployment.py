@@ -17,7 +17,7 @@ from edits import reseal
 import castling_deploy
 from castling_deploy.detection import detections
 
-CASES = [("fp32", ["-b", "1"]), ("fp16", ["-b", "2"]), ("fp32", ["--dynamic"])]
+CASES = [("fp32", ["-b", "1"]), pytest.param(("fp16", ["-b", "2"]), marks=pytest.mark.slow), ("fp32", ["--dynamic"])]
 CODES = {0, 5}  # rounding may move the raw outputs of random weights by more than the limit: inconclusive, never wrong
 Exported = tuple[Path, Path, Run]
 

@@ -84,10 +84,14 @@ def test_verify_passes_on_what_export_wrote_and_opens_it_from_numpy(target: str,
         np.testing.assert_allclose(model(images[:3]), np.load(path / "golden" / "logits.npy")[:3], atol=1e-3)
 
 
-def test_two_runs_in_two_processes_give_the_same_bytes(deployed: Deployed, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "targets", [("onnx", "coreml"), pytest.param(("coreai", "executorch"), marks=pytest.mark.slow)], ids=",".join
+)
+def test_two_runs_in_two_processes_give_the_same_bytes(
+    targets: tuple[str, ...], deployed: Deployed, tmp_path: Path
+) -> None:
     """Engines are left out: NVIDIA's builder chooses kernels anew."""
     first = deployed(bundled.DEFAULT, "fp32")
-    targets = ("onnx", "coreml", "coreai", "executorch")
     second = castling(
         "export", "--target", ",".join(targets), "--precision", "fp32", "--no-benchmark", "--output", tmp_path, "--json"
     )

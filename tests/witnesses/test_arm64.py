@@ -87,7 +87,7 @@ def against_golden(path: Path, outputs: Outputs) -> OutputParity:
     return parity
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("target", TARGETS)
 def test_arm_kernels_compute_what_the_reference_says(exported: Exported, target: str, precision: str) -> None:
     path = exported(target, precision)

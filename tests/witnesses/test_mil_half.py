@@ -22,11 +22,11 @@ PAIRS, OTHERS = 512, 8  # channels
 
 def test_it_differs_from_the_evaluator_by_rounding_and_passes() -> None:
     folder = exported(CLASSIFIER, "coreml", "fp16")
-    narrow, wide = outputs_of(MilHalf(), folder), outputs_of(OwnWitness(COREML), folder)
+    narrow, wide = outputs_of(MilHalf(), folder, 2), outputs_of(OwnWitness(COREML), folder, 2)
     assert narrow.keys() == wide.keys()
     error = np.abs(np.subtract(narrow["logits"], wide["logits"])).max() / np.abs(wide["logits"]).max()
     assert 2**-12 < error < 2e-2
-    assert passed(verdicts(MilHalf(), folder))
+    assert passed(verdicts(MilHalf(), folder, 2))
 
 
 def test_a_float32_program_is_evaluated_as_it_is(tmp_path: Path) -> None:

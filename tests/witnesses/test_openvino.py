@@ -21,7 +21,7 @@ def test_it_agrees_on_a_classifier(precision: str) -> None:
     assert passed(verdicts(OpenVINO(), exported(CLASSIFIER, "onnx", precision)))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_it_agrees_on_a_detector_and_its_boxes(precision: str) -> None:
     found = verdicts(OpenVINO(), exported(DETECTOR, "onnx", precision, nms=True))
     assert passed(found) and {"boxes", "scores", "labels"} <= found.keys()

@@ -23,7 +23,7 @@ def taken(folder: Folder) -> bool:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("model", [CLASSIFIER, DETECTOR])
+@pytest.mark.parametrize("model", [CLASSIFIER, pytest.param(DETECTOR, marks=pytest.mark.slow)])
 def test_it_takes_the_artefact_and_leaves_the_folder_as_it_was(model: str, precision: str) -> None:
     folder = exported(model, "tensorrt", precision)
     assert taken(folder)
