@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from castling_deploy import contract, documents
+from castling_deploy.eight_bits import Quantisation
 from castling_deploy.errors import UsageError
 from castling_deploy.facts import network_facts
 from castling_deploy.folder import MANIFEST, files_in, sha256
@@ -30,7 +31,7 @@ from castling_deploy.range_audit import Audit
 from castling_deploy.readme import readme
 from castling_deploy.selftests.facts import GoldenOutput, facts_of, golden_document, golden_output
 from castling_deploy.selftests.texts import texts
-from castling_deploy.target import Artifact, Missing, Network, Precision, Quantisation, Target, TensorSpec
+from castling_deploy.target import Artifact, Missing, Network, Precision, Target, TensorSpec
 
 SEAL = "manifest_sha256"  # the manifest's key for the hash of all its others
 GOLDEN_IMAGES = 8  # real ones

@@ -15,7 +15,7 @@ from castling_deploy.latency import LatencyReport, Timing
 from castling_deploy.parity import ParityReport, WitnessReport
 from castling_deploy.plain import plain
 from castling_deploy.range_audit import SAFE_EPS, Audit
-from castling_deploy.target import Precision
+from castling_deploy.target import Precision, computes_in_half
 
 
 def write(path: Path, document: Any) -> None:
@@ -96,9 +96,16 @@ def parity_document(report: ParityReport, ladder: Ladder) -> dict[str, Any]:
         "cast": cast_document(ladder),
         "rungs": [plain(rung) for rung in report.rungs],
         "witnesses": [witness_document(seen) for seen in report.witnesses],
-        "range_audit": audit_document(ladder.range_audit) if report.precision is Precision.FP16 else None,
+        "range_audit": audit_document(ladder.range_audit) if in_half(ladder, report) else None,
         "int8": None if ladder.in_8_bits is None else int8_document(ladder.in_8_bits),
     }
+
+
+def in_half(ladder: Ladder, report: ParityReport) -> bool:
+    """Whether the artefact computes in float16."""
+    if ladder.in_8_bits is None:
+        return report.precision is Precision.FP16
+    return computes_in_half(report.precision, ladder.in_8_bits.quantisation.activations)
 
 
 def int8_document(lowered: Lowered) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from castling_deploy.castle import LayerCast, castle, measure_cast
+from castling_deploy.eight_bits import Quantisation
 from castling_deploy.errors import CheckpointError
 from castling_deploy.fold import FoldStep, fold
 from castling_deploy.parity import (
@@ -28,7 +29,6 @@ from castling_deploy.parity import (
 from castling_deploy.probes import Probes
 from castling_deploy.range_audit import Audit, audit
 from castling_deploy.rewrite import copied
-from castling_deploy.target import Quantisation
 from castling_deploy.task import Outputs, Task
 
 BATCH = 8  # images at once: a softmax map of MViTv2 takes 39 MB per image and head

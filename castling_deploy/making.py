@@ -78,7 +78,7 @@ def made(
                 with progress.stage(f"{name}: calibrate") as advance:
                     ladder = in_8_bits(ladder, request.int8, activations_of(step.target), advance)
             with progress.stage(f"{name}: export {step.precision}"):
-                audit = ladder.range_audit if request.islands and step.precision is Precision.FP16 else None
+                audit = ladder.range_audit if request.islands and step.in_half else None
                 levels = ladder.in_8_bits.quantisation if ladder.in_8_bits else None
                 network = written.network_for(card, ladder.folded, request.batch_size, audit, levels)
                 artifact = maker.call("export", exported, step, network, folder)

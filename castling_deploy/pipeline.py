@@ -21,7 +21,7 @@ from castling_deploy.probes import probes_for
 from castling_deploy.progress import Progress, Silent
 from castling_deploy.request import Request, plan
 from castling_deploy.side_by_side import default_jobs, side_by_side
-from castling_deploy.target import Precision, refuse_for_task
+from castling_deploy.target import refuse_for_task
 from castling_deploy.task import task_named
 
 
@@ -62,7 +62,7 @@ def deploy_network(
         probes = probes_for(card.preprocessing, card.samples, request.seed).affordable(card.output_values)
         task = task_named(card.task)
         ladder = climb(network, task, card.outputs, probes, advance, already_cast=card.already_cast)
-    if request.islands and any(step.precision is Precision.FP16 for step in steps):
+    if request.islands and any(step.in_half for step in steps):
         with progress.stage("audit the range of float16"):
             _ = ladder.range_audit  # once, before several ask for it at the same time
     workers = Workers()

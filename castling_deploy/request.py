@@ -9,7 +9,15 @@ from typing import Any, Literal
 
 from castling_deploy.errors import UsageError
 from castling_deploy.isolation import Limits
-from castling_deploy.target import Precision, Target, options_for, precision_for, target_named
+from castling_deploy.target import (
+    Precision,
+    Target,
+    activations_of,
+    computes_in_half,
+    options_for,
+    precision_for,
+    target_named,
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,11 @@ class Step:
     target: Target
     precision: Precision
     options: Any
+
+    @property
+    def in_half(self) -> bool:
+        """Whether it computes in float16."""
+        return computes_in_half(self.precision, activations_of(self.target))
 
 
 def plan(request: Request) -> tuple[Step, ...]:

@@ -16,6 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+from castling_deploy.eight_bits import Activations, Quantisation
 from castling_deploy.errors import UsageError
 from castling_deploy.preprocessing import Preprocessing
 from castling_deploy.suggest import did_you_mean
@@ -35,18 +36,6 @@ class Precision(StrEnum):
     FP32 = "fp32"
     FP16 = "fp16"
     INT8 = "int8"
-
-
-class Activations(StrEnum):
-    """What the 8 bits of an activation stand for; the values are the names in parity.json.
-
-    One range per tensor, found by calibration: with a zero point, or around zero. Or one per token and image, with a
-    zero point, found while the artefact runs.
-    """
-
-    UINT8 = "uint8"
-    INT8 = "int8"
-    PER_TOKEN = "int8 per token"
 
 
 class WitnessKind(StrEnum):
@@ -88,40 +77,6 @@ class TensorSpec:
     dtype: str
     layout: str
     content: Literal["tensor", "image"] = "tensor"
-
-
-# Linears on fewer rows (tokens) are left as they are, in float and with the batch's axis: there is nothing to gain, and
-# OpenVINO 2026.4.1 crashes (SIGSEGV) on Linear, HardSwish, Linear and a residual on 4, 6 and 8 rows without that axis.
-FEW_ROWS = 16
-WEIGHT_LEVELS = 127  # of an 8-bit weight, to either side of zero: -128 would make it lopsided
-
-
-def scale_of(ends: tuple[float, float], activations: Activations) -> tuple[float, int, int, int]:
-    """Scale, zero point, lowest and highest level of calibrated 8-bit activations in the range `ends`, which holds
-    zero. The scale is a float32 number.
-    """
-    import numpy as np
-
-    low, high = min(ends[0], 0.0), max(ends[1], 0.0)
-    if activations is Activations.INT8:
-        return float(np.float32(max(-low, high, 1e-30) / 127)), 0, -128, 127
-    scale = float(np.float32(max(high - low, 1e-30) / 255))
-    return scale, round(-low / scale), 0, 255
-
-
-@dataclass(frozen=True)
-class Quantisation:
-    """Which Linears compute in 8 bits, by their paths, and the range (lo, hi) of what each of them is given.
-
-    Weights are int8 with one scale per output channel. Everything else stays in float.
-    """
-
-    ranges: Mapping[str, tuple[float, float]]
-    activations: Activations
-
-    def scale(self, path: str) -> tuple[float, int, int, int]:
-        """Scale, zero point, lowest and highest level of what the Linear `path` is given."""
-        return scale_of(self.ranges[path], self.activations)
 
 
 @dataclass(frozen=True)
@@ -301,6 +256,11 @@ class Quantised(Protocol):
 def activations_of(target: Target) -> Activations:
     """What an activation in 8 bits is for this target."""
     return Activations(getattr(target, "activations", Activations.UINT8))
+
+
+def computes_in_half(precision: Precision, activations: Activations) -> bool:
+    """Whether an artefact computes in float16: for 8 bits with these activations too."""
+    return precision is Precision.FP16 or (precision is Precision.INT8 and activations is Activations.FLOAT)
 
 
 def images_for(target: Target, precision: Precision) -> int | None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError
 from castling_deploy.export.scopes import REDUCTIONS, inside, kind, module_stack
+from castling_deploy.export.torch_int8 import in_8_bits
 from castling_deploy.target import Network, Precision
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ def interface(network: Network, *, pixels: bool, scores: bool) -> nn.Module:
         def __init__(self) -> None:
             super().__init__()
             self.network = network.module
+            if network.quantisation is not None:
+                self.network = in_8_bits(network.module, network.quantisation)
             mean, std = (
                 255 * torch.tensor(values, dtype=torch.float64).reshape(1, -1, 1, 1)
                 for values in (network.preprocessing.mean, network.preprocessing.std)
@@ -87,7 +90,7 @@ def converted(
             skip_model_load=True,
             compute_precision=(
                 ct.transform.FP16ComputePrecision(lambda operation: not is_wide(operation))
-                if precision is Precision.FP16
+                if precision is not Precision.FP32
                 else ct.precision.FLOAT32
             ),
             inputs=[given],

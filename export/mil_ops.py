@@ -269,6 +269,11 @@ def _products(sums: Sums) -> Table:
         y = sums.matmul(x, weight.mT)
         return y if bias is None else y + bias
 
+    def constexpr_affine_dequantize(quantized_data: Tensor, zero_point: Tensor, scale: Tensor, axis: Tensor) -> Tensor:
+        shape = [1] * quantized_data.dim()
+        shape[int(axis)] = -1
+        return (quantized_data.float() - zero_point.reshape(shape)) * scale.reshape(shape)
+
     def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         scores = sums.matmul(query, key.mT) / math.sqrt(query.shape[-1])
         if attn_mask is not None:
@@ -322,6 +327,7 @@ def _products(sums: Sums) -> Table:
         return with_bias(padded(full, crop), bias)
 
     return {
+        "constexpr_affine_dequantize": constexpr_affine_dequantize,
         "conv": conv,
         "conv_transpose": conv_transpose,
         "linear": linear,

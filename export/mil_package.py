@@ -152,7 +152,10 @@ def _operation(message: Any, folder: Path) -> tuple[Operation, dict[str, Constan
     outputs = tuple(_declared(output) for output in message.outputs)
     names = message.attributes["name"].immediateValue.tensor.strings.values
     name = names[0] if names else outputs[0].name
-    inputs, literals = {}, {}
+    # what makes a constant of constants (constexpr_...) has them as attributes, not as arguments
+    held = {key: value for key, value in sorted(message.attributes.items()) if key != "name"}
+    inputs: dict[str, tuple[str, ...]] = {parameter: (f"{name}.{parameter}",) for parameter in held}
+    literals = {f"{name}.{parameter}": _value(value, folder) for parameter, value in held.items()}
     for parameter, argument in sorted(message.inputs.items()):
         inputs[parameter] = tuple(
             binding.name or f"{name}.{parameter}.{index}" for index, binding in enumerate(argument.arguments)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from castling_deploy.eight_bits import Activations, Quantisation, weight_levels
 from castling_deploy.errors import ExportError
-from castling_deploy.target import WEIGHT_LEVELS, Activations, Quantisation
 
 if TYPE_CHECKING:
     import numpy as np
@@ -134,11 +134,8 @@ class _Rewriting:
         """A weight (C_in, C_out) in int8: the name of what stands for it, and the scales (C_out,)."""
         import numpy as np
 
-        weight = self.constants[name]
-        scales = (np.abs(weight).max(0) / np.float32(WEIGHT_LEVELS)).astype(np.float32)
-        scales[scales == 0] = 1
-        levels = np.clip(np.round(weight / scales), -WEIGHT_LEVELS, WEIGHT_LEVELS).astype(np.int8)
-        return self._dequantised(name, levels, scales, np.zeros(len(scales), np.int8), 1), scales
+        levels, scales = weight_levels(self.constants[name].T)
+        return self._dequantised(name, levels.T, scales, np.zeros(len(scales), np.int8), 1), scales
 
     def _dequantised(
         self, name: str, levels: npt.NDArray[Any], scales: npt.NDArray[Any], zeros: npt.NDArray[Any], axis: int

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from castling_deploy.target import FEW_ROWS
+from castling_deploy.eight_bits import FEW_ROWS
 
 if TYPE_CHECKING:
     import onnx

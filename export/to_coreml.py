@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from castling_deploy.eight_bits import Activations
 from castling_deploy.errors import ExportError, UsageError
 from castling_deploy.export.attesting import attestation
 from castling_deploy.export.binary16 import SMALLEST_NORMAL
@@ -22,6 +23,7 @@ from castling_deploy.export.coreml_program import converted, exported_program
 from castling_deploy.export.coreml_session import EvaluatedSession, PredictSession
 from castling_deploy.export.mil_evaluator import load_program
 from castling_deploy.export.mil_package import Package, read_package
+from castling_deploy.export.neural_engine import note, unfit
 from castling_deploy.facts import stating
 from castling_deploy.target import (
     Artifact,
@@ -44,7 +46,8 @@ FILE = "model.mlpackage"
 INPUTS = ("tensor", "image")
 LABEL, PROBABILITIES, SCORES = "label", "probabilities", "scores"
 
-DTYPES = {Precision.FP16: "FLOAT16", Precision.FP32: "FLOAT32"}  # MIL's names
+DTYPES = {Precision.FP16: "FLOAT16", Precision.FP32: "FLOAT32", Precision.INT8: "FLOAT16"}  # computed in, MIL's names
+DEQUANTISE = "constexpr_affine_dequantize"
 PRODUCTS = frozenset({"conv", "conv_transpose", "einsum", "linear", "matmul"})
 BORDER = frozenset({"cast", "classify"})  # may touch float32 in a float16 program
 
@@ -119,14 +122,15 @@ class CoreMLTarget:
     Tensors at the interface are float32 in both precisions. In FP16 everything behind the first cast is float16, the
     norms of the attention too: by the evaluator, Castling-DeiT-T at 224 px (random weights) is off by 0.28 % of its
     outputs' spread, and by 0.29 % when every reduction keeps its running sum in float16. That holds because folding
-    scales the values: with them as they are, squares pass 65504 and the error is 18 %.
+    scales the values: with them as they are, squares pass 65504 and the error is 18 %. INT8 is FP16 with int8 weights.
     """
 
     name = "coreml"
     file = FILE
     extra = "coreml"
     runtime = "coreml"
-    precisions: tuple[Precision, ...] = (Precision.FP16, Precision.FP32)
+    precisions: tuple[Precision, ...] = (Precision.FP16, Precision.FP32, Precision.INT8)
+    activations = Activations.FLOAT
     options: type[Any] = CoreMLOptions
     selftests: Mapping[str, str] = {"selftest.py": "run_coreml.py", "Selftest.swift": "Selftest.swift"}
 
@@ -160,7 +164,8 @@ class CoreMLTarget:
             )
 
     def lowered(self, network: Network, options: CoreMLOptions) -> nn.Module:
-        return exported_program(network, pixels=False, scores=False).module(check_guards=False)
+        whole = replace(network, quantisation=None)
+        return exported_program(whole, pixels=False, scores=False).module(check_guards=False)
 
     def export(self, network: Network, precision: Precision, options: CoreMLOptions, folder: Path) -> Artifact:
         self.refuse(options, network.inputs[0].shape[0])
@@ -186,11 +191,13 @@ class CoreMLTarget:
         package = read_package(folder / FILE)
         softmaxes = sum("softmax" in str(node.target) for node in program.graph.nodes)
         check(package, precision, softmaxes=softmaxes, wide=wide, part=network.part)
+        in_8_bits = len(network.quantisation.ranges) if network.quantisation else 0
+        if product_types(package)["int8"] != in_8_bits:
+            raise ExportError(f"{in_8_bits} Linears were to have int8 weights, and not all have: report this network")
         return replace(artifact, details=facts(package, network, classes))
 
     def attest(self, folder: Path, artifact: Artifact, precision: Precision) -> Attestation:
         package = read_package(folder / FILE)
-        products = [operation for operation in package.operations if operation.type in PRODUCTS]
         weights: Counter[str] = Counter()
         for value in package.constants.values():
             if not isinstance(value, (str, list)):
@@ -198,7 +205,7 @@ class CoreMLTarget:
         return attestation(
             artifact,
             precision,
-            Counter(operation.outputs[0].dtype.lower() for operation in products),
+            product_types(package),
             Counter(operation.outputs[0].dtype.lower() for operation in package.operations),
             weights,
             classifier_problems(package),
@@ -231,6 +238,20 @@ class CoreMLTarget:
 
     def script(self) -> str:
         return SCRIPT
+
+
+def product_types(package: Package) -> Counter[str]:
+    """How many products there are by the dtype that they compute in, or "int8" where their weights are."""
+    narrow = {
+        operation.outputs[0].name
+        for operation in package.operations
+        if operation.type == DEQUANTISE and package.dtype(operation.inputs["quantized_data"][0]) == "INT8"
+    }
+    return Counter(
+        "int8" if not narrow.isdisjoint(operation.inputs.get("weight", ())) else operation.outputs[0].dtype.lower()
+        for operation in package.operations
+        if operation.type in PRODUCTS
+    )
 
 
 def check_network(network: Network, options: CoreMLOptions) -> None:
@@ -360,12 +381,15 @@ def contained(package: Package) -> dict[str, Any]:
         for value in package.constants.values()
         if isinstance(value, np.ndarray) and value.dtype == np.float16
     ]
+    unsuited = unfit(package)
     small = sum(int(((value > 0) & (value < SMALLEST_NORMAL)).sum()) for value in halves)
     total = sum(value.size for value in halves)
     return {
         "specification_version": package.specification_version,
         "subnormal_weights": round(small / total, 6) if total else None,
         "operations": dict(sorted(Counter(operation.type for operation in package.operations).items())),
+        "unfit_for_the_neural_engine": unsuited,
+        "notes": note(unsuited, len(package.operations)),
     }
 
 

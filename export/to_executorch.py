@@ -11,28 +11,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from castling_deploy.eight_bits import Activations, weight_levels
 from castling_deploy.errors import ExportError, ShapeError, UsageError
 from castling_deploy.export.attesting import attestation
 from castling_deploy.export.executorch_session import METADATA, ExecuTorchSession
 from castling_deploy.export.half_network import in_half
 from castling_deploy.export.pte_contents import PteContents, pte_contents
 from castling_deploy.export.scopes import inside
+from castling_deploy.export.torch_int8 import in_8_bits
 from castling_deploy.export.xnnpack_forms import in_xnnpack_forms
-from castling_deploy.export.xnnpack_int8 import in_8_bits
 from castling_deploy.export.xnnpack_payload import read_payload
 from castling_deploy.facts import stating
-from castling_deploy.int8.quantised import weight_levels
-from castling_deploy.target import (
-    Activations,
-    Artifact,
-    Attestation,
-    Missing,
-    Network,
-    Precision,
-    Session,
-    Witness,
-    WitnessKind,
-)
+from castling_deploy.target import Artifact, Attestation, Missing, Network, Precision, Session, Witness, WitnessKind
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +100,7 @@ class ExecuTorchTarget:
     """One model.pte, delegated to XNNPACK, in float32 or with float16 weights and arithmetic.
 
     In float16 the interface stays float32. ExecuTorch keeps the kernels of convolutions in float32 inside the file,
-    and GELU runs outside XNNPACK, which has no float16 kernel for it. In int8 the Linears are (`xnnpack_int8`).
+    and GELU runs outside XNNPACK, which has no float16 kernel for it. In int8 the Linears are (`torch_int8`).
     """
 
     name = "executorch"
@@ -310,7 +300,7 @@ def check(contents: PteContents, network: Network, precision: Precision) -> None
             continue
         weight = module.weight.detach()
         if name in in_8_bits:
-            weight = weight_levels(weight)[0].to(torch.int8)
+            weight = torch.from_numpy(weight_levels(weight.numpy())[0])
         elif precision is Precision.FP16 and not inside(name, network.islands):
             weight = weight.half()
         if stored(weight) not in contents.constants:

@@ -16,22 +16,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from castling_deploy.eight_bits import Activations
 from castling_deploy.errors import ExportError
 from castling_deploy.export import onnx_attest, tensorrt_build, to_onnx
 from castling_deploy.export.onnx_session import OnnxSession
 from castling_deploy.export.tensorrt_session import EngineSession
 from castling_deploy.facts import stating
-from castling_deploy.target import (
-    Activations,
-    Artifact,
-    Attestation,
-    Missing,
-    Network,
-    Precision,
-    Session,
-    Witness,
-    WitnessKind,
-)
+from castling_deploy.target import Artifact, Attestation, Missing, Network, Precision, Session, Witness, WitnessKind
 
 if TYPE_CHECKING:
     from torch import nn

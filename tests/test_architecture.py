@@ -33,7 +33,18 @@ HEAVY = (
 )
 MODELS_MAY = {"errors", "suggest", "castle", "fold", "rewrite", "models", "verbs"}
 WITNESSES_MAY = {"errors", "target", "runner", "execution", "cache", "folder", "quiet", "export", "witnesses"}
-EXPORT_MAY = {"errors", "facts", "plain", "suggest", "target", "preprocessing", "detection", "export", "verbs"}
+EXPORT_MAY = {
+    "eight_bits",
+    "errors",
+    "facts",
+    "plain",
+    "suggest",
+    "target",
+    "preprocessing",
+    "detection",
+    "export",
+    "verbs",
+}
 
 
 def imports_of(path: Path) -> set[str]:

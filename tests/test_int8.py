@@ -22,8 +22,11 @@ import castling_deploy
 from castling_deploy import bundled
 from castling_deploy.artifact import sealed
 from castling_deploy.checkpoint import read
+from castling_deploy.eight_bits import Activations, Quantisation, scale_of, weight_levels
 from castling_deploy.errors import ExportError, UsageError
+from castling_deploy.export.mil_package import read_package
 from castling_deploy.export.pte_contents import pte_contents
+from castling_deploy.export.to_coreml import product_types
 from castling_deploy.export.xnnpack_payload import read_payload
 from castling_deploy.folder import sha256
 from castling_deploy.identify import identify
@@ -34,7 +37,6 @@ from castling_deploy.ladder import Ladder, climb
 from castling_deploy.preprocessing import Preprocessing
 from castling_deploy.probes import probes_for
 from castling_deploy.request import Int8
-from castling_deploy.target import Activations, Quantisation, scale_of
 from castling_deploy.task import task_named
 
 TRANSFORMER = "castling-deit-digits"
@@ -49,7 +51,7 @@ def transformer() -> tuple[nn.Module, object]:
     return identify(read(bundled.checkpoint_path(TRANSFORMER)))
 
 
-@pytest.mark.parametrize("target", ["onnx", "tensorrt", "executorch"])
+@pytest.mark.parametrize("target", ["onnx", "tensorrt", "executorch", "coreml"])
 def test_artefact_computes_what_the_network_in_8_bits_computes(target: str) -> None:
     parity = json.loads((exported(CLASSIFIER, target, "int8").path / "parity.json").read_text())
     assert parity["verdict"] == "pass" and parity["power"] > 0.95
@@ -94,8 +96,29 @@ def test_xnnpack_takes_the_whole_network_and_its_weights_are_in_8_bits() -> None
     assert len(data) < 0.75 * exported(CLASSIFIER, "onnx", "fp32").path.joinpath("model.onnx").stat().st_size
 
 
+def test_core_ml_keeps_int8_weights_and_computes_in_float16() -> None:
+    folder = exported(CLASSIFIER, "coreml", "int8")
+    parity = json.loads((folder.path / "parity.json").read_text())
+    package = read_package(folder.path / "model.mlpackage")
+    assert product_types(package)["int8"] == len(parity["int8"]["ranges"]) > 20
+    assert parity["int8"]["activations"] == "float16" and parity["range_audit"]["islands"] == []
+    weights = Counter[str]()
+    for value in package.constants.values():
+        if isinstance(value, np.ndarray):
+            weights[value.dtype.name] += value.size
+    assert weights["int8"] > 0.6 * weights.total()
+
+
+def test_weights_alone_in_8_bits_leave_the_activations_as_they_are() -> None:
+    linear, x = nn.Linear(16, 4), torch.randn(8, 16)
+    quantisation = Quantisation({"it": (0.0, 0.0)}, Activations.FLOAT)
+    levels, scales = map(torch.from_numpy, weight_levels(linear.weight.detach().numpy()))
+    expected = nn.functional.linear(x, levels * scales[:, None], linear.bias)
+    torch.testing.assert_close(QuantisedLinear(linear, quantisation, "it")(x), expected)
+
+
 def test_a_token_is_rounded_as_the_operation_that_xnnpack_takes() -> None:
-    import_module("executorch.exir.operator.util")  # defines the operations
+    import_module("torch.ao.quantization.fx._decomposed")  # defines the operations
     ops = torch.ops.quantized_decomposed
     x = torch.randn(5, 7, 32, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 3, 7)[:, None]
     x[0, 0], x[1, 1], x[2, 2] = 0.0, x[1, 1].abs(), -x[2, 2].abs()

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from castling_deploy.eight_bits import FEW_ROWS, Activations, scale_of
 from castling_deploy.errors import UsageError
 from castling_deploy.int8.quantised import rounded
 from castling_deploy.preprocessing import Preprocessing
-from castling_deploy.target import FEW_ROWS, Activations, scale_of
 
 SAMPLES = 64  # images by default
 KEPT = 4096  # values of every image and module that a clipping is judged by
@@ -104,7 +104,7 @@ def ranges(network: nn.Module, tensors: npt.NDArray[np.float32], activations: Ac
     finally:
         for hook in hooks:
             hook.remove()
-    if activations is Activations.PER_TOKEN:
+    if not activations.calibrated:
         return ends
     return {path: clipped(torch.cat(values), ends[path], activations) for path, values in seen.items()}
 

@@ -1,7 +1,7 @@
 """A network whose Linears compute in 8 bits, in PyTorch: what an int8 artefact is compared with.
 
-Arithmetic as ONNX Runtime, TensorRT and XNNPACK define it: activations in one scale per tensor or per token, weights in
-one per output channel, products added in int32. Here it is done in floats that hold the same integers.
+Arithmetic as ONNX Runtime, TensorRT, XNNPACK and Core ML define it: activations in one scale per tensor or per token,
+or as they are, weights in one scale per output channel. Here it is done in floats that hold the same integers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import copy
 import torch
 from torch import nn
 
-from castling_deploy.target import WEIGHT_LEVELS, Activations, Quantisation
+from castling_deploy.eight_bits import Activations, Quantisation, weight_levels
 
 
 class QuantisedLinear(nn.Module):
@@ -19,18 +19,21 @@ class QuantisedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, quantisation: Quantisation, path: str) -> None:
         super().__init__()
-        levels, scales = weight_levels(linear.weight.detach())
+        levels, scales = map(torch.from_numpy, weight_levels(linear.weight.detach().numpy()))
         self.weight = nn.Buffer(levels * scales[:, None])
         self.bias = None if linear.bias is None else nn.Buffer(linear.bias.detach().clone())
-        self.levels = None
-        if quantisation.activations is not Activations.PER_TOKEN:
+        self.activations, self.levels = quantisation.activations, None
+        if self.activations.calibrated:
             self.levels = quantisation.scale(path)
             if self.bias is not None:
                 steps = scales * self.levels[0]  # (C_out,)
                 self.bias = nn.Buffer((self.bias / steps).round() * steps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = rounded_per_token(x) if self.levels is None else rounded(x, *self.levels)
+        if self.levels is not None:
+            x = rounded(x, *self.levels)
+        elif self.activations is Activations.PER_TOKEN:
+            x = rounded_per_token(x)
         return nn.functional.linear(x, self.weight, self.bias)
 
 
@@ -49,13 +52,6 @@ def rounded_per_token(x: torch.Tensor) -> torch.Tensor:
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).eps)
     return rounded(x, scale, (-128 - low / scale).round(), -128, 127)
-
-
-def weight_levels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(C_out, C_in) -> whole numbers from -127 to 127, and the scale of every output channel (C_out,)."""
-    scales = weight.abs().amax(1) / WEIGHT_LEVELS
-    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-    return (weight / scales[:, None]).round().clamp(-WEIGHT_LEVELS, WEIGHT_LEVELS), scales
 
 
 def quantised(network: nn.Module, quantisation: Quantisation) -> nn.Module:

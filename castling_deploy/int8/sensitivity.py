@@ -10,13 +10,14 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
+from castling_deploy.eight_bits import Activations, Quantisation
 from castling_deploy.errors import ExportError
 from castling_deploy.int8.calibration import calibration_images, ranges
 from castling_deploy.int8.quantised import quantised
 from castling_deploy.ladder import Ladder, Lowered, run
-from castling_deploy.parity import QUANTISED, Reference, Rung, Verdict, worst
+from castling_deploy.parity import QUANTISED, TOLERANCES, Reference, Rung, Verdict, worst
 from castling_deploy.request import Int8
-from castling_deploy.target import Activations, Quantisation
+from castling_deploy.target import Precision
 from castling_deploy.task import Outputs
 
 # Without labels the outputs themselves are looked at: half a point then is an error of a quarter of their spread.
@@ -117,8 +118,15 @@ def lowered(
     rung = Rung(QUANTISED, rel, None, Verdict.PASS if drop <= max_drop else Verdict.FAIL)
     rows = ladder.probes.rows(ladder.few)
     exact = run(network.double(), names, ladder.few.tensors.astype(np.float64))
+    coarser = 1.0  # arithmetic than that of this machine
+    if quantisation.activations is Activations.FLOAT:
+        coarser = TOLERANCES[Precision.FP16].epsilon / TOLERANCES[Precision.FP32].epsilon
     references = {
-        name: replace(reference, outputs=outputs[name], noise=reference.rel(outputs[name][rows], exact[name]) or 0.0)
+        name: replace(
+            reference,
+            outputs=outputs[name],
+            noise=coarser * (reference.rel(outputs[name][rows], exact[name]) or 0.0),
+        )
         for name, reference in ladder.references.items()
     }
     return Lowered(quantisation, references, rung, kept, ranking, drop, max_drop, labelled)

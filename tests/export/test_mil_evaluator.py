@@ -303,6 +303,10 @@ def test_operations_compute_what_torch_computes(group: str, tmp_path: Path) -> N
         np.testing.assert_allclose(got, want.numpy(), rtol=2e-5, atol=2e-6, err_msg=f"output {index} of {group}")
 
 
+LEVELS = np.random.default_rng(0).integers(-127, 128, PLANE).astype(np.int8)
+ZEROS, SCALES = np.arange(PLANE[2]).astype(np.int8), 0.01 * np.arange(1, PLANE[2] + 1).astype(np.float32)
+
+
 def unwritten(x0: Any, x1: Any) -> list[Any]:
     """Operations that coremltools never writes for torch."""
     x, y = x0, x1
@@ -329,6 +333,10 @@ def unwritten(x0: Any, x1: Any) -> list[Any]:
         mb.resize_nearest_neighbor(x=x, target_size_height=16, target_size_width=18),
         mb.gelu(x=x, mode="TANH_APPROXIMATION"),
         mb.gelu(x=x, mode="SIGMOID_APPROXIMATION"),
+        mb.add(
+            x=x,
+            y=mb.constexpr_affine_dequantize(quantized_data=LEVELS, zero_point=ZEROS, scale=SCALES, axis=np.int32(2)),
+        ),
     ]
 
 
@@ -356,13 +364,14 @@ def documented(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
         x.repeat_interleave(2, 2).repeat_interleave(3, 3),
         F.gelu(x, approximate="tanh"),
         x * torch.sigmoid(1.702 * x),
+        x + torch.from_numpy((LEVELS.astype(np.float32) - ZEROS[:, None]) * SCALES[:, None]),
     ]
 
 
 UNWRITTEN = (
     "clamped_relu linear_activation scaled_tanh softsign square mod inverse l2_norm reduce_l1_norm gelu "
     "reduce_log_sum reduce_prod reduce_sum_square flatten2d expand_dims slice_by_index slice_by_size concat "
-    "identity resize_nearest_neighbor"
+    "identity resize_nearest_neighbor constexpr_affine_dequantize"
 )
 
 

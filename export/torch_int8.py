@@ -1,0 +1,59 @@
+"""Linears in 8 bits in torch's operations for it, for the formats whose converters keep them.
+
+For XNNPACK a Linear with int8 weights, on tokens that are quantised while it runs, is one operation that returns
+floats: everything between two Linears stays as it is, and nothing has to be calibrated. Each Linear quantises its input
+by itself: a quantisation that several of them read is left outside the delegates, where ExecuTorch 1.5.1 has no kernel
+for it. Core ML keeps int8 weights beside their scales, and computes in float16.
+"""
+
+from __future__ import annotations
+
+import copy
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from castling_deploy.eight_bits import Activations, weight_levels
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from castling_deploy.eight_bits import Quantisation
+
+
+def in_8_bits(network: nn.Module, quantisation: Quantisation) -> nn.Module:
+    """A copy of `network` (folded, float32) whose Linears in `quantisation` are written in 8 bits.
+
+    Their activations are quantised for every token, or not at all.
+    """
+    import torch
+    from torch import nn
+
+    import_module("torch.ao.quantization.fx._decomposed")  # defines torch.ops.quantized_decomposed
+    ops = torch.ops.quantized_decomposed
+    assert quantisation.activations in (Activations.PER_TOKEN, Activations.FLOAT)
+    per_token = quantisation.activations is Activations.PER_TOKEN
+
+    class Linear(nn.Module):
+        """Shape: (..., N, C_in) -> (..., N, C_out)."""
+
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__()
+            levels, scales = map(torch.from_numpy, weight_levels(linear.weight.detach().numpy()))
+            self.weight, self.scales = nn.Buffer(levels), nn.Buffer(scales)
+            self.zeros = nn.Buffer(torch.zeros(len(scales), dtype=torch.int64))
+            self.bias = linear.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            if per_token:
+                scale, zero = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
+                x = ops.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
+                x = ops.dequantize_per_token(x, scale, zero, -128, 127, torch.int8, torch.float32)
+            weight = ops.dequantize_per_channel(self.weight, self.scales, self.zeros, 0, -127, 127, torch.int8)
+            return nn.functional.linear(x, weight, self.bias)
+
+    twin = copy.deepcopy(network)
+    for path in quantisation.ranges:
+        linear = twin.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        twin.set_submodule(path, Linear(linear))
+    return twin.eval()
