@@ -76,7 +76,8 @@ def _of_archive(path: Path, count: int) -> npt.NDArray[np.uint8]:
 
 @torch.no_grad()
 def ranges(network: nn.Module, tensors: npt.NDArray[np.float32], activations: Activations) -> Mapping[str, Range]:
-    """(lo, hi) of the input of every Linear of `network` that sees FEW_ROWS tokens or more, by its path.
+    """(lo, hi) of the input of every Linear of `network` that sees FEW_ROWS tokens or more, by its path; of weights
+    alone every Linear.
 
     Outliers are clipped where that makes the mean square of all rounding errors smaller, unless every token has its own
     range; zero is always inside. A Linear that sees fewer, like a head, stays in float: it costs nothing, and it
@@ -86,7 +87,7 @@ def ranges(network: nn.Module, tensors: npt.NDArray[np.float32], activations: Ac
     ends: dict[str, Range] = {}
 
     def watch(path: str, x: torch.Tensor) -> None:
-        if x.ndim < 3 or x.shape[-2] < FEW_ROWS:
+        if activations is not Activations.FLOAT and (x.ndim < 3 or x.shape[-2] < FEW_ROWS):
             return
         low, high = ends.get(path, (0.0, 0.0))
         ends[path] = (min(low, x.min().item()), max(high, x.max().item()))
