@@ -333,7 +333,16 @@ def test_a_single_golden_image_is_the_reason_that_verify_gives(folder: Path) -> 
     assert [check["said"].partition(":")[0] for check in checks] == ["a single real image was compared"]
 
 
-@pytest.mark.parametrize("flags", [["--dynamic"], ["--batch-size", "4"], ["--imgsz", "48,64"], ["--opset", "21"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--dynamic", "--opset", "21"],
+        ["--imgsz", "48,64", "--batch-size", "4"],
+        pytest.param(["--batch-size", "4"], marks=pytest.mark.slow),
+        pytest.param(["--imgsz", "48,64"], marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
 def test_onnx_options_give_artefacts_that_pass(flags: list[str], tmp_path: Path, checkpoint_file: Files) -> None:
     run = castling(
         "export", checkpoint_file("levit"), "--target", "onnx", *flags, "--no-benchmark", "-o", tmp_path, "--json"

@@ -27,7 +27,7 @@ from castling_deploy.verification import verify_artifact
 
 DENSE = tuple(name for name in bundled.CHECKPOINTS if name not in (LEVIT, DEIT))
 # Every defect in the default network, one in EVERY of the other networks: the rest is slow.
-EVERY = {DEIT: 2} | dict.fromkeys(DENSE, 6)
+EVERY = {DEIT: 4} | dict.fromkeys(DENSE, 10)
 PLANTED = [
     *itertools.product(ON_FOLDED, (LEVIT,)),
     *(

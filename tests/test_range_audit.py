@@ -98,7 +98,9 @@ def test_without_the_plant_there_is_no_island() -> None:
     assert found.least_headroom[0].headroom_bits > 1
 
 
-@pytest.mark.parametrize("name", WITH_FP16)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "executorch" else ()) for name in WITH_FP16]
+)
 def test_float16_passes_with_the_island_and_fails_without(name: str, tmp_path: Path) -> None:
     ladder, target = planted(), target_named(name)
     if (missing := target.missing()) is not None:

@@ -14,19 +14,17 @@ from castling_deploy.pipeline import deploy
 from castling_deploy.request import Request
 from castling_deploy.target import TARGETS
 
-# One always; the trained ones of other backbones are in test_every_network.
-QUICK = ("picodet",)
-
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in DENSE]
+    ("name", "targets"),
+    [("picodet", ("onnx", "coreml")), *(pytest.param(name, tuple(TARGETS), marks=pytest.mark.slow) for name in DENSE)],
 )
-def test_every_dense_family_goes_to_every_target(name: str, tmp_path: Path) -> None:
+def test_every_dense_family_goes_to_every_target(name: str, targets: tuple[str, ...], tmp_path: Path) -> None:
     file = tmp_path / f"{name}.safetensors"
     config = DENSE[name][1]
     tensors = {key: value.contiguous() for key, value in dense(name).state_dict().items() if "num_batches" not in key}
     save_file(tensors, file, metadata={"castling": json.dumps({"image_size": config.image_size})})
-    made = deploy(Request(tuple(TARGETS), file, precision="fp32", output=tmp_path, benchmark=False))
+    made = deploy(Request(targets, file, precision="fp32", output=tmp_path, benchmark=False))
     assert made.card.family == DENSE[name][0]
     for result in made.results:
         assert result.error is None and result.parity is not None, result
