@@ -193,6 +193,8 @@ def test_the_wheel_holds_both_trees_the_checkpoints_and_nothing_else(
         for path in (ROOT / folder).glob("*.py"):
             assert f"{package}/{path.name}" in wheel
             assert any(name.endswith(f"{folder}/{path.name}") for name in sdist)
+    for path in (ROOT / "castling_deploy").rglob("*.py"):
+        assert path.relative_to(ROOT).as_posix() in wheel, f"{path} is of a package that pyproject.toml does not list"
     for path in (ROOT / "castling_deploy" / "bundled").iterdir():
         assert f"castling_deploy/bundled/{path.name}" in wheel
     for path in (ROOT / "castling_deploy" / "selftests" / "templates").glob("*.*"):
