@@ -74,8 +74,8 @@ USAGE = {
         "'fp16'",
     ),
     "a precision that a target lacks": (
-        ["export", "--target", "coreml", "--precision", "int8"],
-        "'coreml' cannot be built in int8",
+        ["export", "--target", "coreai", "--precision", "int8"],
+        "'coreai' cannot be built in int8",
         "fp16",
     ),
     "an option that a target lacks": (
