@@ -83,8 +83,10 @@ def main() -> int:
             mutant = defect(network) if on_trained else defect(deep(ladder.folded))
             trials.append(tried(defect.__name__, name, mutant, card, ladder, target, precision))
             told(trials, number, len(planned))
-    trials += edits(asked.targets.split(","))
-    written(trials, RESULTS / "mutations.csv")
+            written(trials, RESULTS / "mutations.csv")
+    for trial in edits(asked.targets.split(",")):
+        trials.append(trial)
+        written(trials, RESULTS / "mutations.csv")
     survived = [trial for trial in trials if trial.verdict not in ("fail", "refused")]
     defects = len({trial.subject for trial in trials})
     print(f"{defects} defects, {len(trials)} artefacts: {len(trials) - len(survived)} killed, {len(survived)} survived")
