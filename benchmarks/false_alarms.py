@@ -1,9 +1,10 @@
 """Does the gate cry wolf? 200 correct exports over families, sizes, seeds, targets and precisions; none may fail.
 
-    PYTHONPATH=tests python benchmarks/false_alarms.py [--count 200]
+    PYTHONPATH=tests python benchmarks/false_alarms.py [--count 200] [--part 1/2]
 
 Random weights, conditioned so that different images give different outputs (tests/networks.py). `inconclusive` is no
-alarm: a random network may multiply rounding until nothing can be told. Writes results/false_alarms.csv.
+alarm: a random network may multiply rounding until nothing can be told. Writes results/false_alarms.csv; of a part, its
+own rows alone.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def main() -> int:
     warnings.simplefilter("ignore")  # of torch.export, one for every network
     parser = ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--part", default="1/1", help="every Nth of them, from the Ith on: on several machines")
     asked = parser.parse_args()
+    part, parts = map(int, asked.part.split("/"))
     kinds = [
         (name, precision)
         for precision in (Precision.FP32, Precision.FP16)
@@ -62,13 +65,15 @@ def main() -> int:
     for number, ((subject, network, model, size), (target, precision)) in enumerate(
         zip(itertools.islice(subjects(), asked.count), itertools.cycle(kinds)), 1
     ):
+        if number % parts != part % parts:
+            continue
         tensors = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
         own, card = identify(Checkpoint(Path("random"), None, tensors, card={"image_size": list(size)}), model=model)
         probes = probes_for(card.preprocessing, card.samples).few(PROBES)
         ladder = climb(own, task_named(card.task), card.outputs, probes)
         trials.append(tried(subject, card.name, ladder.folded, card, ladder, target, precision))
         told(trials, number, asked.count)
-    written(trials, RESULTS / "false_alarms.csv")
+        written(trials, RESULTS / "false_alarms.csv")
     verdicts = Counter(trial.verdict for trial in trials)
     print(f"{len(trials)} correct exports: " + ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items()))
     return 1 if verdicts.keys() & {"fail", "refused"} else 0
