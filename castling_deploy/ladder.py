@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -117,6 +117,12 @@ class Ladder:
     def reference_score(self) -> float | None:
         """`score` of the cast network."""
         return self.score(self.outputs)
+
+    def with_8_bits(self, lowered: Lowered) -> Ladder:
+        """The ladder of an int8 artefact. What is known of the float rungs stays known."""
+        twin = replace(self, in_8_bits=lowered)
+        vars(twin).update({**vars(self), "in_8_bits": lowered})  # what cached_property keeps there
+        return twin
 
     def score(self, outputs: Outputs) -> float | None:
         """The task's metric in percent on the images whose truth is known; None without any."""

@@ -7,6 +7,7 @@ zeros for a vector of zeros, as the guarded division does.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -25,9 +26,7 @@ def with_lp_norms(model: onnx.ModelProto) -> onnx.ModelProto:
     graph = model.graph
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     made = {name: node for node in graph.node for name in node.output}
-    read: dict[str, int] = {}
-    for name in (*(name for node in graph.node for name in node.input), *(value.name for value in graph.output)):
-        read[name] = read.get(name, 0) + 1
+    read = Counter(name for node in graph.node for name in node.input) + Counter(value.name for value in graph.output)
     for node in list(graph.node):
         axis = _axis(node, made, constants, read)
         if axis is None:

@@ -46,7 +46,7 @@ def in_8_bits(
                 hint="allow more with --max-drop, give more images with --calib-data, or use --precision fp16",
             )
         chosen = best
-    return replace(ladder, in_8_bits=chosen)
+    return ladder.with_8_bits(chosen)
 
 
 def in_saved_8_bits(ladder: Ladder, document: Mapping[str, Any]) -> Ladder:
@@ -54,7 +54,7 @@ def in_saved_8_bits(ladder: Ladder, document: Mapping[str, Any]) -> Ladder:
     ranges_ = {path: (low, high) for path, (low, high) in document["ranges"].items()}
     quantisation = Quantisation(ranges_, Activations(document["activations"]))
     kept, ranking = tuple(document["kept_in_float"]), tuple(document["ranking"].items())
-    return replace(ladder, in_8_bits=lowered(ladder, quantisation, document["max_drop"], kept, ranking))
+    return ladder.with_8_bits(lowered(ladder, quantisation, document["max_drop"], kept, ranking))
 
 
 def ranked(
