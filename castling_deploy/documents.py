@@ -116,6 +116,7 @@ def int8_document(lowered: Lowered) -> dict[str, Any]:
         "max_drop": lowered.max_drop,
         "labelled": lowered.labelled,
         "ranges": {path: list(ends) for path, ends in lowered.quantisation.ranges.items()},
+        "results": {path: list(ends) for path, ends in lowered.quantisation.results.items()},
         "kept_in_float": lowered.kept,
         "ranking": dict(lowered.ranking),
     }

@@ -1,8 +1,9 @@
-"""Linears in 8 bits, as quantise-dequantise pairs around them (QDQ).
+"""Linears and convolutions in 8 bits, as quantise-dequantise pairs around them (QDQ).
 
 Two flavours (seen with ONNX Runtime 1.32 and TensorRT-RTX 1.7.1). uint8 activations, and Gemm with an int32 bias: ONNX
 Runtime makes one QGemm of it, 2.1 times as fast as float32 with VNNI, where MatMul and Add stay two float operators and
-int8 activations take 2.5 times as long. int8 activations around zero, and a float bias: the only one TensorRT parses.
+int8 activations take 2.5 times as long; of a convolution between two pairs it makes one QLinearConv. int8 activations
+around zero, and a float bias: the only one TensorRT parses.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def in_8_bits(model: onnx.ModelProto, quantisation: Quantisation) -> onnx.ModelProto:
-    """`model` (float32, static shapes, Linears on rows), the Linears of `quantisation` in 8 bits. In place.
+    """`model` (float32, static shapes, Linears on rows), the modules of `quantisation` in 8 bits. In place.
 
     Raises ExportError where one of them is not in the graph.
     """
@@ -54,14 +55,17 @@ class _Rewriting:
         self.done: set[str] = set()
         self.products: set[str] = set()  # what a Gemm in 8 bits returns
         self.quantised: dict[tuple[str, float, int], str] = {}
+        self.made: set[str] = set()  # names of dequantised constants
 
     def take(self, node: onnx.NodeProto) -> None:
         path = node.name.partition("/")[0]
-        is_linear = node.op_type == "MatMul" and path in self.quantisation.ranges and node.input[1] in self.constants
         if any(node is other for other in self.gone):
             return
-        if is_linear:
+        by_weight = path in self.quantisation.ranges and node.input[1:2] and node.input[1] in self.constants
+        if by_weight and node.op_type == "MatMul":
             self._linear(node, path)
+        elif by_weight and node.op_type == "Conv":
+            self._convolution(node, path)
         else:
             self.nodes.append(node)
 
@@ -72,24 +76,32 @@ class _Rewriting:
         scale, zero, _, _ = self.quantisation.scale(path)
         given, weight = node.input
         rows = self._activation(given, scale, zero)
-        levels, scales = self._weight(weight)
+        levels, scales = self._weight(weight, axis=1)
         self.done.add(path)
         bias = self._bias(node)
         if bias is None or self.quantisation.activations is Activations.INT8:
             self.nodes.append(onnx.helper.make_node("MatMul", [rows, levels], node.output, node.name))
             return
         added, name = bias
-        steps = (scales * np.float32(scale)).astype(np.float32)
-        shift = self._dequantised(
-            f"{path}.bias",
-            np.round(self.constants[name] / steps).astype(np.int32),
-            steps,
-            np.zeros_like(steps, np.int32),
-            0,
-        )
+        shift = self._shift(name, scales * np.float32(scale))
         self.gone.append(added)
         self.products.update(added.output)
         self.nodes.append(onnx.helper.make_node("Gemm", [rows, levels, shift], added.output, node.name))
+
+    def _convolution(self, node: onnx.NodeProto, path: str) -> None:
+        import numpy as np
+
+        scale, zero, _, _ = self.quantisation.scale(path)
+        given, weight, *bias = node.input
+        levels, scales = self._weight(weight, axis=0)
+        shift = [self._shift(name, scales * np.float32(scale)) for name in bias]
+        node.input[:] = [self._activation(given, scale, zero), levels, *shift]
+        (result,) = node.output
+        node.output[0] = f"{result}/sums"
+        self.nodes.append(node)
+        scale, zero, _, _ = self.quantisation.result_scale(path)
+        self._pair(node.output[0], result, f"{result}/8bit", scale, zero)
+        self.done.add(path)
 
     def _bias(self, node: onnx.NodeProto) -> tuple[onnx.NodeProto, str] | None:
         """The addition behind a product and its constant, where nothing else reads the product."""
@@ -101,7 +113,6 @@ class _Rewriting:
 
     def _activation(self, name: str, scale: float, zero: int) -> str:
         """The name of `name` after 8 bits; the Linears that share a range share it."""
-        import numpy as np
         import onnx
 
         key = (name, float(scale), zero)
@@ -111,11 +122,6 @@ class _Rewriting:
                 if not any(known[0] == name for known in self.quantised)
                 else f"{name}/8bit_{len(self.quantised)}"
             )
-            dtype = np.int8 if self.quantisation.activations is Activations.INT8 else np.uint8
-            constants = [
-                self._constant(f"{made}/scale", np.asarray(scale, np.float32)),
-                self._constant(f"{made}/zero", np.asarray(zero, dtype)),
-            ]
             source = name
             if name in self.products and len(self.readers[name]) > 1:
                 # ONNX Runtime 1.32 takes no Gemm whose result is quantised and read in float too (22 % of the time of
@@ -123,30 +129,52 @@ class _Rewriting:
                 # concatenation of one is nothing that it removes
                 source = f"{made}/copy"
                 self.nodes.append(onnx.helper.make_node("Concat", [name], [source], f"{made}/Concat", axis=-1))
-            self.nodes += [
-                onnx.helper.make_node("QuantizeLinear", [source, *constants], [f"{made}/levels"], f"{made}/Quantize"),
-                onnx.helper.make_node("DequantizeLinear", [f"{made}/levels", *constants], [made], f"{made}/Dequantize"),
-            ]
+            self._pair(source, made, made, scale, zero)
             self.quantised[key] = made
         return self.quantised[key]
 
-    def _weight(self, name: str) -> tuple[str, npt.NDArray[np.float32]]:
-        """A weight (C_in, C_out) in int8: the name of what stands for it, and the scales (C_out,)."""
+    def _pair(self, source: str, result: str, name: str, scale: float, zero: int) -> None:
+        """`source` to 8 bits and back, as `result`."""
+        import numpy as np
+        import onnx
+
+        dtype = np.int8 if self.quantisation.activations is Activations.INT8 else np.uint8
+        constants = [
+            self._constant(f"{name}/scale", np.asarray(scale, np.float32)),
+            self._constant(f"{name}/zero", np.asarray(zero, dtype)),
+        ]
+        self.nodes += [
+            onnx.helper.make_node("QuantizeLinear", [source, *constants], [f"{name}/levels"], f"{name}/Quantize"),
+            onnx.helper.make_node("DequantizeLinear", [f"{name}/levels", *constants], [result], f"{name}/Dequantize"),
+        ]
+
+    def _weight(self, name: str, axis: int) -> tuple[str, npt.NDArray[np.float32]]:
+        """A weight in int8, its output channels on `axis`: the name of what stands for it, and the scales (C_out,)."""
         import numpy as np
 
-        levels, scales = weight_levels(self.constants[name].T)
-        return self._dequantised(name, levels.T, scales, np.zeros(len(scales), np.int8), 1), scales
+        rows = np.moveaxis(self.constants[name], axis, 0)
+        levels, scales = weight_levels(rows.reshape(len(rows), -1))
+        stored = np.moveaxis(levels.reshape(rows.shape), 0, axis)
+        return self._dequantised(name, stored, scales, axis), scales
 
-    def _dequantised(
-        self, name: str, levels: npt.NDArray[Any], scales: npt.NDArray[Any], zeros: npt.NDArray[Any], axis: int
-    ) -> str:
+    def _shift(self, name: str, steps: npt.NDArray[np.float32]) -> str:
+        """A bias (C_out,) in int32."""
+        import numpy as np
+
+        return self._dequantised(name, np.round(self.constants[name] / steps).astype(np.int32), steps, 0)
+
+    def _dequantised(self, name: str, levels: npt.NDArray[Any], scales: npt.NDArray[Any], axis: int) -> str:
+        import numpy as np
         import onnx
 
         made = f"{name}/float"
+        if made in self.made:  # of a module that is called twice
+            return made
+        self.made.add(made)
         names = [
             self._constant(f"{name}/levels", levels),
             self._constant(f"{name}/scales", scales),
-            self._constant(f"{name}/zeros", zeros),
+            self._constant(f"{name}/zeros", np.zeros(len(scales), levels.dtype)),
         ]
         self.nodes.append(onnx.helper.make_node("DequantizeLinear", names, [made], f"{made}/Dequantize", axis=axis))
         return made

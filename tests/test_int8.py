@@ -30,8 +30,8 @@ from castling_deploy.export.to_coreml import product_types
 from castling_deploy.export.xnnpack_payload import read_payload
 from castling_deploy.folder import sha256
 from castling_deploy.identify import identify
-from castling_deploy.int8.calibration import calibration_images, clipped, ranges
-from castling_deploy.int8.quantised import QuantisedLinear, quantised, rounded_per_token
+from castling_deploy.int8.calibration import calibrated, calibration_images, clipped
+from castling_deploy.int8.quantised import QuantisedConv, QuantisedLinear, quantised, rounded_per_token
 from castling_deploy.int8.sensitivity import in_8_bits, lowered
 from castling_deploy.ladder import Ladder, climb
 from castling_deploy.preprocessing import Preprocessing
@@ -62,16 +62,18 @@ def test_artefact_computes_what_the_network_in_8_bits_computes(target: str) -> N
     assert parity["int8"]["labelled"] and parity["int8"]["drop"] <= 0.5 and not parity["int8"]["kept_in_float"]
 
 
-def test_onnx_runtime_computes_every_quantised_linear_in_8_bits(tmp_path: Path) -> None:
+def test_onnx_runtime_computes_every_quantised_module_in_8_bits(tmp_path: Path) -> None:
     folder = exported(CLASSIFIER, "onnx", "int8")
-    linears = len(json.loads((folder.path / "parity.json").read_text())["int8"]["ranges"])
+    int8 = json.loads((folder.path / "parity.json").read_text())["int8"]
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     options.log_severity_level = 3
     onnxruntime.InferenceSession(folder.path / "model.onnx", options, providers=["CPUExecutionProvider"])
     nodes = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
-    assert nodes["QGemm"] == linears > 20
-    assert nodes["DequantizeLinear"] == nodes["MatMul"] == 0  # nothing that was to be in 8 bits is computed in float
+    assert nodes["QLinearConv"] == len(int8["results"]) > 0
+    assert nodes["QGemm"] == len(int8["ranges"]) - len(int8["results"]) > 20
+    assert nodes["DequantizeLinear"] == len(int8["results"])  # nothing that was to be in 8 bits is computed in float
+    assert nodes["MatMul"] == 0
 
 
 def test_tensorrt_gets_symmetric_activations_and_float_biases() -> None:
@@ -144,6 +146,24 @@ def test_quantised_linear_is_exact_on_its_own_levels(activations: Activations) -
     torch.testing.assert_close(QuantisedLinear(linear, quantisation, "it")(given), linear(given), rtol=1e-5, atol=1e-4)
 
 
+def test_quantised_convolution_is_exact_on_its_own_levels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    conv = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+    levels = torch.randint(-127, 128, (4, 3, 3, 3), generator=generator).float()
+    levels[:, 0, 0, 0] = 127  # so that the scale is what it is
+    scales = torch.tensor([0.5, 0.25, 1.0, 2.0])
+    quantisation = Quantisation({"it": (-1.0, 1.0)}, Activations.UINT8, {"it": (-900.0, 1000.0)})
+    (scale, zero, _, _), (step, *_) = quantisation.scale("it"), quantisation.result_scale("it")
+    with torch.no_grad():
+        conv.weight.copy_(levels * scales[:, None, None, None])
+        conv.bias.copy_(torch.tensor([3.0, -2.0, 0.0, 7.0]) * scale * scales)  # type: ignore[union-attr]
+    given = (torch.randint(0, 256, (2, 3, 9, 9), generator=generator) - zero) * scale
+    got, expected = QuantisedConv(conv, quantisation, "it")(given), conv(given)
+    assert expected.min() > -900 and expected.max() < 1000
+    assert (got - expected).abs().max() <= 0.501 * step  # exact but for the 8 bits that it returns
+    torch.testing.assert_close((got / step).round() * step, got)
+
+
 def test_zero_is_a_level_and_the_whole_range_is_held() -> None:
     for ends in ((-1.0, 3.0), (0.0, 2.0), (-5.0, 0.0), (0.0, 0.0), (0.5, 2.0)):
         for activations in (Activations.UINT8, Activations.INT8):
@@ -182,7 +202,7 @@ def test_the_module_that_8_bits_hurt_stays_in_float_and_no_other(transformer: tu
     assert chosen is not None
     assert chosen.kept == ("blocks.1.mlp.fc2",) and chosen.ranking[0][0] == "blocks.1.mlp.fc2"
     assert chosen.drop <= 0.5 and "blocks.1.mlp.fc2" not in chosen.quantisation.ranges
-    everything = Quantisation(ranges(ladder.folded, ladder.probes.tensors[:16], Activations.UINT8), Activations.UINT8)
+    everything = calibrated(ladder.folded, ladder.probes.tensors[:16], Activations.UINT8)
     assert lowered(ladder, everything, 0.5).drop > 0.5  # what the budget was for
 
 
@@ -192,12 +212,14 @@ def test_a_budget_that_nothing_keeps_is_refused(transformer: tuple[nn.Module, ob
         in_8_bits(ladder, Int8(max_drop=-101.0), Activations.UINT8)
 
 
-def test_heads_and_everything_but_linears_stay_in_float(transformer: tuple[nn.Module, object]) -> None:
+def test_heads_and_what_follows_tokens_stay_in_float(transformer: tuple[nn.Module, object]) -> None:
     ladder = ladder_of(*transformer)
-    found = ranges(ladder.folded, ladder.probes.tensors[:2], Activations.UINT8)
-    assert "head" not in found and "blocks.0.mlp.fc1" in found
-    network = quantised(ladder.folded, Quantisation(found, Activations.UINT8))
+    found = calibrated(ladder.folded, ladder.probes.tensors[:2], Activations.UINT8)
+    assert "head" not in found.ranges and "blocks.0.mlp.fc1" in found.ranges
+    assert list(found.results) == [path for path in found.ranges if "blocks" not in path]  # the patch embedding
+    network = quantised(ladder.folded, found)
     assert isinstance(network.get_submodule("head"), nn.Linear)
+    assert isinstance(network.get_submodule("blocks.0.attn.dconv"), nn.Conv2d)
     assert isinstance(ladder.folded.get_submodule("blocks.0.mlp.fc1"), nn.Linear), "the folded network was changed"
 
 

@@ -1,8 +1,9 @@
-"""The range of what every Linear is given, from one pass over calibration images."""
+"""The range of what every Linear and convolution is given, from one pass over calibration images."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from castling_deploy.eight_bits import FEW_ROWS, Activations, scale_of
+from castling_deploy.eight_bits import FEW_PRODUCTS, FEW_ROWS, Activations, Quantisation, scale_of
 from castling_deploy.errors import UsageError
 from castling_deploy.int8.quantised import rounded
 from castling_deploy.preprocessing import Preprocessing
@@ -75,29 +76,31 @@ def _of_archive(path: Path, count: int) -> npt.NDArray[np.uint8]:
 
 
 @torch.no_grad()
-def ranges(network: nn.Module, tensors: npt.NDArray[np.float32], activations: Activations) -> Mapping[str, Range]:
-    """(lo, hi) of the input of every Linear of `network` that sees FEW_ROWS tokens or more, by its path; of weights
-    alone every Linear.
+def calibrated(network: nn.Module, tensors: npt.NDArray[np.float32], activations: Activations) -> Quantisation:
+    """Every Linear of `network` that 8 bits pay for, and every convolution in front of the first Linear, with the range
+    (lo, hi) of what it is given.
 
     Outliers are clipped where that makes the mean square of all rounding errors smaller, unless every token has its own
-    range; zero is always inside. A Linear that sees fewer, like a head, stays in float: it costs nothing, and it
-    decides.
+    range; zero is always inside. Convolutions behind tokens, in necks and heads, return levels that hang on the order
+    of their sums: with all 26 of a detector in 8 bits, float32 and float64 differ by 5 % of its outputs' spread, and no
+    artefact can be verified (0.1 % with the three of its stem).
     """
-    seen: dict[str, list[torch.Tensor]] = {}
-    ends: dict[str, Range] = {}
+    given, results = _Seen(activations), _Seen(activations)
+    products = {path: module for path, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    called: list[str] = []
 
-    def watch(path: str, x: torch.Tensor) -> None:
-        if activations is not Activations.FLOAT and (x.ndim < 3 or x.shape[-2] < FEW_ROWS):
-            return
-        low, high = ends.get(path, (0.0, 0.0))
-        ends[path] = (min(low, x.min().item()), max(high, x.max().item()))
-        flat = x.flatten()
-        seen.setdefault(path, []).append(flat[:: max(1, len(flat) // KEPT)])
+    def watch(path: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        called.append(path)
+        module = products[path]
+        if isinstance(module, nn.Linear) and linear_pays(y, activations):
+            given.add(path, x)
+        elif isinstance(module, nn.Conv2d) and activations.convolves and conv_pays(module, y):
+            given.add(path, x)
+            results.add(path, y)
 
     hooks = [
-        module.register_forward_pre_hook(lambda _, given, path=path: watch(path, given[0]))
-        for path, module in network.named_modules()
-        if isinstance(module, nn.Linear)
+        module.register_forward_hook(lambda _, x, y, path=path: watch(path, x[0], y))
+        for path, module in products.items()
     ]
     try:
         for image in torch.from_numpy(tensors):
@@ -105,9 +108,44 @@ def ranges(network: nn.Module, tensors: npt.NDArray[np.float32], activations: Ac
     finally:
         for hook in hooks:
             hook.remove()
-    if not activations.calibrated:
-        return ends
-    return {path: clipped(torch.cat(values), ends[path], activations) for path, values in seen.items()}
+    in_stem = set(takewhile(lambda path: isinstance(products[path], nn.Conv2d), called))
+    left = results.ends.keys() - in_stem
+    found = Quantisation(given.ranges(), activations, results.ranges())
+    return found.of(found.ranges.keys() - left)
+
+
+def linear_pays(result: torch.Tensor, activations: Activations) -> bool:
+    """Whether a Linear is in 8 bits. One that sees few tokens, like a head, gains nothing, and it decides.
+
+    Weights alone gain by their size.
+    """
+    return activations is Activations.FLOAT or (result.ndim > 2 and result.shape[-2] >= FEW_ROWS)
+
+
+def conv_pays(conv: nn.Conv2d, result: torch.Tensor) -> bool:
+    """Whether a convolution is faster in 8 bits."""
+    positions = result.shape[-2] * result.shape[-1]
+    return conv.groups == 1 and conv.weight[0].numel() >= FEW_PRODUCTS and positions >= FEW_ROWS
+
+
+class _Seen:
+    """The values of one tensor of every module: both ends, and a sample of the rest."""
+
+    def __init__(self, activations: Activations) -> None:
+        self.activations = activations
+        self.ends: dict[str, Range] = {}
+        self.values: dict[str, list[torch.Tensor]] = {}
+
+    def add(self, path: str, x: torch.Tensor) -> None:
+        low, high = self.ends.get(path, (0.0, 0.0))
+        self.ends[path] = (min(low, x.min().item()), max(high, x.max().item()))
+        flat = x.flatten()
+        self.values.setdefault(path, []).append(flat[:: max(1, len(flat) // KEPT)])
+
+    def ranges(self) -> Mapping[str, Range]:
+        if not self.activations.calibrated:
+            return self.ends
+        return {path: clipped(torch.cat(self.values[path]), ends, self.activations) for path, ends in self.ends.items()}
 
 
 def clipped(values: torch.Tensor, ends: Range, activations: Activations) -> Range:

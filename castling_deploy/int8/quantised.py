@@ -1,4 +1,4 @@
-"""A network whose Linears compute in 8 bits, in PyTorch: what an int8 artefact is compared with.
+"""A network whose Linears and convolutions compute in 8 bits, in PyTorch: what an int8 artefact is compared with.
 
 Arithmetic as ONNX Runtime, TensorRT, XNNPACK and Core ML define it: activations in one scale per tensor or per token,
 or as they are, weights in one scale per output channel. Here it is done in floats that hold the same integers.
@@ -19,15 +19,10 @@ class QuantisedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, quantisation: Quantisation, path: str) -> None:
         super().__init__()
-        levels, scales = map(torch.from_numpy, weight_levels(linear.weight.detach().numpy()))
-        self.weight = nn.Buffer(levels * scales[:, None])
-        self.bias = None if linear.bias is None else nn.Buffer(linear.bias.detach().clone())
         self.activations, self.levels = quantisation.activations, None
         if self.activations.calibrated:
             self.levels = quantisation.scale(path)
-            if self.bias is not None:
-                steps = scales * self.levels[0]  # (C_out,)
-                self.bias = nn.Buffer((self.bias / steps).round() * steps)
+        self.weight, self.bias = in_levels(linear, self.levels[0] if self.levels else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.levels is not None:
@@ -35,6 +30,36 @@ class QuantisedLinear(nn.Module):
         elif self.activations is Activations.PER_TOKEN:
             x = rounded_per_token(x)
         return nn.functional.linear(x, self.weight, self.bias)
+
+
+class QuantisedConv(nn.Module):
+    """A convolution on 8-bit activations and weights, which returns 8 bits.
+
+    Shape: (B, C_in, H, W) -> (B, C_out, H', W').
+    """
+
+    def __init__(self, conv: nn.Conv2d, quantisation: Quantisation, path: str) -> None:
+        super().__init__()
+        self.given, self.result = quantisation.scale(path), quantisation.result_scale(path)
+        self.weight, self.bias = in_levels(conv, self.given[0])
+        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.conv2d(
+            rounded(x, *self.given), self.weight, self.bias, self.stride, self.padding, self.dilation
+        )
+        return rounded(y, *self.result)
+
+
+def in_levels(module: nn.Linear | nn.Conv2d, given_scale: float | None) -> tuple[nn.Buffer, nn.Buffer | None]:
+    """Weight and bias as 8 and, where the scale of what the module is given is known, 32 bits hold them."""
+    weight = module.weight.detach()
+    levels, scales = map(torch.from_numpy, weight_levels(weight.flatten(1).numpy()))
+    bias = None if module.bias is None else module.bias.detach().clone()
+    if bias is not None and given_scale is not None:
+        steps = scales * given_scale  # (C_out,)
+        bias = (bias / steps).round() * steps
+    return nn.Buffer((levels * scales[:, None]).view_as(weight)), None if bias is None else nn.Buffer(bias)
 
 
 def rounded(
@@ -55,10 +80,15 @@ def rounded_per_token(x: torch.Tensor) -> torch.Tensor:
 
 
 def quantised(network: nn.Module, quantisation: Quantisation) -> nn.Module:
-    """A copy of `network` (folded, float32) whose Linears in `quantisation` compute in 8 bits."""
+    """A copy of `network` (folded, float32) whose modules in `quantisation` compute in 8 bits."""
     twin = copy.deepcopy(network)
     for path in quantisation.ranges:
-        linear = twin.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
-        twin.set_submodule(path, QuantisedLinear(linear, quantisation, path))
+        module = twin.get_submodule(path)
+        made: nn.Module
+        if isinstance(module, nn.Conv2d):
+            made = QuantisedConv(module, quantisation, path)
+        else:
+            assert isinstance(module, nn.Linear)
+            made = QuantisedLinear(module, quantisation, path)
+        twin.set_submodule(path, made)
     return twin.eval()

@@ -12,7 +12,7 @@ from torch import nn
 
 from castling_deploy.eight_bits import Activations, Quantisation
 from castling_deploy.errors import ExportError
-from castling_deploy.int8.calibration import calibration_images, ranges
+from castling_deploy.int8.calibration import calibrated, calibration_images
 from castling_deploy.int8.quantised import quantised
 from castling_deploy.ladder import Ladder, Lowered, run
 from castling_deploy.parity import QUANTISED, TOLERANCES, Reference, Rung, Verdict, worst
@@ -28,13 +28,13 @@ RANKED_ON = 16  # real images
 def in_8_bits(
     ladder: Ladder, asked: Int8, activations: Activations, advance: Callable[[float], None] = lambda share: None
 ) -> Ladder:
-    """The ladder of an int8 artefact: as many Linears in 8 bits as the budget allows, the most sensitive ones in float.
+    """The ladder of an int8 artefact: as many modules in 8 bits as the budget allows, the most sensitive ones in float.
 
     Raises ExportError where not one of them fits the budget, UsageError for images that are none.
     """
     probes = ladder.probes
     images = calibration_images(asked.data, asked.samples, probes.preprocessing, probes.images[: probes.real])
-    found = Quantisation(ranges(ladder.folded, images, activations), activations)
+    found = calibrated(ladder.folded, images, activations)
     advance(0.2)
     chosen = lowered(ladder, found, asked.max_drop)
     if chosen.rung.verdict is not Verdict.PASS:
@@ -51,8 +51,10 @@ def in_8_bits(
 
 def in_saved_8_bits(ladder: Ladder, document: Mapping[str, Any]) -> Ladder:
     """The ladder of an artefact that was made already, by the ranges in its parity.json."""
-    ranges_ = {path: (low, high) for path, (low, high) in document["ranges"].items()}
-    quantisation = Quantisation(ranges_, Activations(document["activations"]))
+    ranges, results = (
+        {path: (low, high) for path, (low, high) in document[name].items()} for name in ("ranges", "results")
+    )
+    quantisation = Quantisation(ranges, Activations(document["activations"]), results)
     kept, ranking = tuple(document["kept_in_float"]), tuple(document["ranking"].items())
     return ladder.with_8_bits(lowered(ladder, quantisation, document["max_drop"], kept, ranking))
 
@@ -64,8 +66,8 @@ def ranked(
     few = ladder.probes.few(RANKED_ON)
     rows = ladder.probes.rows(few)[: few.real]
     found: dict[str, float] = {}
-    for number, (path, ends) in enumerate(quantisation.ranges.items(), 1):
-        network = quantised(ladder.folded, replace(quantisation, ranges={path: ends}))
+    for number, path in enumerate(quantisation.ranges, 1):
+        network = quantised(ladder.folded, quantisation.of((path,)))
         found[path] = _error(network, few.tensors[: few.real], ladder.references, rows)
         advance(number / len(quantisation.ranges))
     return tuple(sorted(found.items(), key=lambda item: (-item[1], item[0])))
@@ -89,8 +91,7 @@ def _least_in_float(
     while low <= high:
         count = (low + high) // 2
         kept = tuple(path for path, _ in ranking[:count])
-        ends = {path: range_ for path, range_ in quantisation.ranges.items() if path not in kept}
-        tried = lowered(ladder, replace(quantisation, ranges=ends), max_drop, kept, ranking)
+        tried = lowered(ladder, quantisation.of(quantisation.ranges.keys() - set(kept)), max_drop, kept, ranking)
         if tried.rung.verdict is Verdict.PASS:
             best, high = tried, count - 1
         else:
