@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 # Linears on fewer rows (tokens) are left as they are, in float and with the batch's axis: there is nothing to gain, and
 # OpenVINO 2026.4.1 crashes (SIGSEGV) on Linear, HardSwish, Linear and a residual on 4, 6 and 8 rows without that axis.
 FEW_ROWS = 16
-# Convolutions with fewer products behind a value stay in float. In 8 bits ONNX Runtime 1.32 takes 0.35 (576 products) to
-# 0.79 (32) of float32's time for one, and 3.2 times as long for a stem's first (27); one thread, VNNI.
+# Convolutions with fewer products behind a value stay in float. In 8 bits, ONNX Runtime 1.32 takes 0.35 (576 products)
+# to 0.79 (32) of float32's time for one, and 3.2 times as long for a stem's first (27); one thread, VNNI.
 FEW_PRODUCTS = 32
 WEIGHT_LEVELS = 127  # of an 8-bit weight, to either side of zero: -128 would make it lopsided
 
