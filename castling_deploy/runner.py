@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from castling_deploy.errors import UsageError
 from castling_deploy.progress import Advance as Advance
 from castling_deploy.suggest import did_you_mean
-from castling_deploy.target import TARGETS, Artifact, Missing, Precision, Target, Witness, images_for, target_named
+from castling_deploy.target import (
+    TARGETS,
+    Arithmetic,
+    Artifact,
+    Missing,
+    Precision,
+    Target,
+    Witness,
+    images_for,
+    target_named,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,8 +72,8 @@ class SetUp(Runner, Protocol):
 class OwnArithmetic(Protocol):
     """A runner that computes in another precision than the artefact's."""
 
-    def arithmetic(self, precision: Precision) -> Precision:
-        """The precision it computes in, for an artefact of `precision`: it sets the limit of the comparison."""
+    def arithmetic(self, precision: Precision) -> Precision | Arithmetic:
+        """What it computes in, for an artefact of `precision`: it sets the limit of the comparison."""
 
 
 class Required(Protocol):
@@ -73,7 +83,8 @@ class Required(Protocol):
 
 
 class Narrow(Protocol):
-    """A runner of artefacts in some precisions alone: of any other it would say what its target's own witness says."""
+    """A runner of artefacts in some precisions alone: any other it does not take, or computes as its target's own
+    witness does."""
 
     precisions: tuple[Precision, ...]
 
@@ -81,6 +92,7 @@ class Narrow(Protocol):
 RUNNERS: tuple[str, ...] = (
     "castling_deploy.witnesses.ort_half:OrtHalf",
     "castling_deploy.witnesses.openvino:OpenVINO",
+    "castling_deploy.witnesses.openvino_bf16:OpenVINOBfloat16",
     "castling_deploy.witnesses.ort_arm64:OrtArm64",
     "castling_deploy.witnesses.ort_web:OrtWeb",
     "castling_deploy.witnesses.qnn:QnnHost",
@@ -172,8 +184,7 @@ def chosen(target: Target, precision: Precision, names: Sequence[str]) -> tuple[
     for name, runner in runners_of(target).items():
         if name in names and name not in found:
             raise UsageError(
-                f"'{name}' has nothing to say of an artefact in {precision}: it would compute what '{target.runtime}' "
-                "computes",
+                f"'{name}' has nothing of its own to say of an artefact in {precision}",
                 hint=f"leave it out; it is for artefacts in {', '.join(precisions_of(runner))}",
             )
     if ALL in names:
@@ -196,8 +207,8 @@ def to_set_up() -> Mapping[str, SetUp]:
     return {runner.name: runner for runner in runners() if isinstance(runner, SetUp)}
 
 
-def arithmetic_of(runner: Runner, precision: Precision) -> Precision:
-    """The precision in which `runner` computes artefacts of `precision`."""
+def arithmetic_of(runner: Runner, precision: Precision) -> Precision | Arithmetic:
+    """What `runner` computes artefacts of `precision` in."""
     own = getattr(runner, "arithmetic", None)
-    computed: Precision = precision if own is None else own(precision)
+    computed: Precision | Arithmetic = precision if own is None else own(precision)
     return computed

@@ -38,6 +38,12 @@ class Precision(StrEnum):
     INT8 = "int8"
 
 
+class Arithmetic(StrEnum):
+    """What a runtime may compute in, though no artefact is built for it."""
+
+    BF16 = "bf16"
+
+
 class WitnessKind(StrEnum):
     """How much a witness's word is worth, strongest first. A report never calls a witness more than it is."""
 

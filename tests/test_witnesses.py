@@ -59,7 +59,7 @@ def test_one_without_anything_to_say_of_a_precision_is_passed_over_or_refused_by
 ) -> None:
     monkeypatch.setattr(runner, "RUNNERS", ("castling_deploy.witnesses.ort_half:OrtHalf",))
     assert len(verify(artifact, on=["all"]).golden) == 1, "float16 rounding of a float32 file is no rounding"
-    with pytest.raises(UsageError, match="'ort-fp16' has nothing to say of an artefact in fp32") as caught:
+    with pytest.raises(UsageError, match="'ort-fp16' has nothing of its own to say of an artefact in fp32") as caught:
         verify(artifact, on=["ort", "ort-fp16"])
     assert "artefacts in fp16" in str(caught.value.hint)
 

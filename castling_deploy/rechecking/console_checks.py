@@ -18,7 +18,7 @@ CLAIMS: Mapping[str, str] = {
     "cast": "the auxiliary branch was cast away; an approximation, judged by the task's score",
     "fold": "BatchNorm and constants folded; exact, judged in float64",
     "lowered": "rewritten for the target; exact, judged in float64",
-    "quantised": "Linears in 8 bits; an approximation, judged by the task's score",
+    "quantised": "rounded to 8 bits; an approximation, judged by the task's score",
     "exported": "the artefact; judged by the limit of its precision",
     "compiled": "what a device made of it; judged by the limit of its precision",
 }

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from castling_deploy.runner import Advance, Values
     from castling_deploy.target import Arrays
 
-# Without it, OpenVINO 2026.4 computes a float32 graph in bfloat16 wherever the CPU has it; asked for float16 on a CPU
-# that has none, it takes bfloat16 too (bundled LeViT: 0.02 off in a logit, where float32 is 0.001 off). In float32, a
-# float16 graph keeps its rounded weights, and its intermediate values are not rounded.
-ARITHMETIC = "f32"
-
 
 class OpenVINO:
-    """Every artefact is computed in float32, on one thread, whatever the CPU could do besides."""
+    """Every artefact is computed in float32, on one thread, whatever the CPU could do besides.
+
+    Unasked, OpenVINO 2026.4 computes a float32 graph in bfloat16 wherever the CPU has it; asked for float16 on a CPU
+    that has none, it takes bfloat16 too. In float32, a float16 graph keeps its rounded weights, and its intermediate
+    values are not rounded.
+    """
 
     name = "openvino"
     about = "Intel's runtime on this CPU"
@@ -44,21 +44,24 @@ class OpenVINO:
 
         with toolchain("OpenVINO does not run the artefact"):
             names = [output.name for output in artifact.outputs]
-            return run_artifact(_CompiledSession(folder / FILE, names, self.witness()), artifact, inputs, advance)
+            return run_artifact(CompiledSession(folder / FILE, names, self.witness(), "f32"), artifact, inputs, advance)
 
 
-class _CompiledSession:
-    """`model`, compiled; `names` are the outputs that it is said to have: OpenVINO gives one output several names."""
+class CompiledSession:
+    """`model`, compiled to compute in `arithmetic` ("f32", "bf16").
 
-    def __init__(self, model: Path, names: list[str], witness: Witness) -> None:
+    `names` are the outputs that it is said to have: OpenVINO gives one output several names.
+    """
+
+    def __init__(self, model: Path, names: list[str], witness: Witness, arithmetic: str) -> None:
         import openvino
 
-        options = {"INFERENCE_PRECISION_HINT": ARITHMETIC, "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": "1"}
+        options = {"INFERENCE_PRECISION_HINT": arithmetic, "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": "1"}
         self._model = openvino.Core().compile_model(model, "CPU", options)
-        arithmetic = self._model.get_property("INFERENCE_PRECISION_HINT")
-        if arithmetic != openvino.Type.f32:
+        taken = self._model.get_property("INFERENCE_PRECISION_HINT")
+        if taken != getattr(openvino.Type, arithmetic):
             raise ExportError(
-                f"OpenVINO computes in {arithmetic} where float32 was asked for",
+                f"OpenVINO computes in {taken} where {arithmetic} was asked for",
                 hint="take the word of another runner: castling doctor lists them",
             )
         self._names = {

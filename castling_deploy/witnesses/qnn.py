@@ -34,6 +34,7 @@ class QnnHost:
     name = "qnn"
     about = "Qualcomm's NPU, which computes in float16, simulated"
     targets: tuple[str, ...] = ("onnx",)
+    precisions: tuple[Precision, ...] = (Precision.FP32, Precision.FP16)  # no int8 that returns floats, as ours does
     images: int | None = 8  # one takes 0.7 s of the bundled LeViT, 13 s of DeiT-T
 
     def missing(self) -> Missing | None:
@@ -47,7 +48,7 @@ class QnnHost:
         return Witness(f"onnxruntime-qnn {version('onnxruntime-qnn')} (HTP v{HTP}, float16)", WitnessKind.SIMULATED)
 
     def arithmetic(self, precision: Precision) -> Precision:
-        return Precision.FP16 if precision is Precision.FP32 else precision
+        return Precision.FP16
 
     def run(self, folder: Path, artifact: Artifact, inputs: Values, advance: Advance) -> Mapping[str, Values]:
         from castling_deploy.execution import run_artifact
