@@ -101,9 +101,9 @@ def page(entries: tuple[Entry, ...]) -> str:
         "without `castling-` are softmax baselines and PicoDet, where there is nothing to cast. Written by "
         "`make models`.",
         "",
-        "How Castling wires LeViT's downsampling, MViTv2's pooling, detectors and segmenters is not published: those "
-        "are this project's choices, said in the docstrings of `models/`. In the auxiliary branch, and in the "
-        "baselines, attention is quadratic in the number of tokens.",
+        "How Castling wires LeViT's downsampling, MViTv2's pooling, detectors and segmenters is not published: "
+        "[choices.md](choices.md) says what this project chose. In the auxiliary branch, and in the baselines, "
+        "attention is quadratic in the number of tokens.",
     ]
     for title, rows in by_family(entries):
         head, _, rest = title.partition(": ")
