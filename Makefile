@@ -7,7 +7,7 @@ OUTPUT ?= castling-out
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 OPTIONS ?=
 
-.PHONY: export test test-slow witnesses lint models mutations bench install clean
+.PHONY: export test test-slow witnesses lint models mutations bench scores install clean
 
 export: install  ## the main job: the bundled network to TARGET
 	$(VENV)/bin/castling-export --target $(TARGET) --output $(OUTPUT) --overwrite
@@ -35,6 +35,9 @@ mutations: install  ## the gate's kill rate and its false alarms: benchmarks/res
 
 bench: install  ## how fast the artefacts are, and the tool: benchmarks/results/speed.*; under ten minutes
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/speed.py
+
+scores: install  ## the bundled networks on every target in every precision: benchmarks/results/scores.csv; 20 minutes
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/scores.py
 
 install: $(VENV)/installed
 

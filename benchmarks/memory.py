@@ -1,6 +1,6 @@
-"""Peak memory of one inference by ONNX Runtime, in a process of its own: prints bytes above what was there before.
+"""Peak memory of one inference, in a process of its own: prints bytes above what was there before.
 
-python benchmarks/memory.py model.onnx SIZE
+python benchmarks/memory.py RUNTIME FILE SIZE
 """
 
 from __future__ import annotations
@@ -9,14 +9,12 @@ import sys
 import threading
 from pathlib import Path
 
-import numpy as np
-import onnxruntime
 import psutil
+from runtimes import RUNTIMES
 
 
-def main(path: str, size: str) -> None:
+def main(title: str, path: str, size: str) -> None:
     process = psutil.Process()
-    image = np.random.default_rng(0).standard_normal((1, 3, int(size), int(size))).astype(np.float32)
     before = process.memory_info().rss
     peak, done = before, threading.Event()
 
@@ -27,11 +25,9 @@ def main(path: str, size: str) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(Path(path), options, providers=["CPUExecutionProvider"])
+    subject = RUNTIMES[title].load(Path(path), int(size))
     for _ in range(3):
-        session.run(None, {session.get_inputs()[0].name: image})
+        subject()
     done.set()
     watcher.join()
     print(peak - before)

@@ -8,6 +8,7 @@ is that of the trained ones that are bundled.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -16,54 +17,27 @@ import tempfile
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-import onnxruntime
+import psutil
 import torch
+from runtimes import OPENVINO, ORT, XNNPACK, Runtime, Subject, compiled
 from sitting import Ratio, as_document, environment, one_core, peak_bytes, ratio, table, timings
 from subjects import Floor, cast, handed, trained
-from torch import nn
 
 import castling_deploy
 from castling_deploy import bundled
 from castling_deploy.quiet import toolchain
 from castling_deploy.request import Int8
-from castling_deploy.target import target_named
+from castling_deploy.target import TARGETS, Precision, target_named
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NETWORKS = ("castling-deit-tiny", "castling-levit-128s")
 SIZES = (224, 384, 512, 768, 1024)
-Subject = Callable[[], object]
-
-
-def image(size: int) -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
-
-
-# ONNX Runtime
-
-
-def session(path: Path, size: int) -> Subject:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = 1, 1
-    options.log_severity_level = 3
-    made = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    feed = {made.get_inputs()[0].name: image(size)}
-    return lambda: made.run(None, feed)
-
-
-def naive_onnx(network: nn.Module, size: int, path: Path) -> Path:
-    """What a user would write."""
-    with toolchain("onnx"), torch.no_grad():
-        program = torch.onnx.export(network, (torch.zeros(1, 3, size, size),), dynamo=True, verbose=False)
-    assert program is not None
-    program.save(path)
-    return path
 
 
 def ours(name: str, size: int, target: str, precision: str, scratch: Path) -> Path:
@@ -79,107 +53,40 @@ def ours(name: str, size: int, target: str, precision: str, scratch: Path) -> Pa
     return result.path
 
 
-def unverified(name: str, size: int, scratch: Path) -> Path:
+def unverified(name: str, size: int, target_name: str, scratch: Path) -> Path:
     """The exporter's part of `ours` alone: the reference, as trained, takes minutes for thousands of tokens."""
-    folder = scratch / f"{name}-{size}-unverified"
-    folder.mkdir()
-    target = target_named("onnx")
-    with toolchain("onnx"):
-        target.export(handed(name, size), target.precisions[0], target.options(), folder)
-    return folder
-
-
-# ExecuTorch
-
-
-def program(path: Path, size: int) -> Subject:
-    from executorch.runtime import Runtime
-
-    from castling_deploy.export.executorch_session import require_threads
-
-    require_threads(1)
-    method = Runtime.get().load_program(path).load_method("forward")
-    tensor = torch.from_numpy(image(size))
-    return lambda: method.execute([tensor])
-
-
-def naive_pte(network: nn.Module, size: int, path: Path) -> Path:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
-
-    with toolchain("executorch"), torch.no_grad():
-        exported = torch.export.export(network, (torch.zeros(1, 3, size, size),))
-        path.write_bytes(
-            to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch().buffer
-        )
-    return path
-
-
-# both of them
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """Who runs what is compared: `must` holds what is asked for and what is aimed at, by what stands over what."""
-
-    title: str
-    target: str
-    naive: Callable[[nn.Module, int, Path], Path]
-    load: Callable[[Path, int], Subject]
-    must: Mapping[str, tuple[float, float]]
-
-
-ORT = Runtime(
-    "ONNX Runtime",
-    "onnx",
-    naive_onnx,
-    session,
-    {
-        "ours over naive": (0.95, 0.85),
-        "ours over floor": (1.22, 1.12),
-        "int8 over ours, castling-deit-tiny": (0.48, 0.40),
-        "int8 over ours, castling-levit-128s": (0.60, 0.40),
-    },
-)
-XNNPACK = Runtime(
-    "ExecuTorch",
-    "executorch",
-    naive_pte,
-    program,
-    {
-        "ours over naive": (0.85, 0.72),
-        "ours over floor": (1.40, 1.20),
-        "ours over softmax": (0.60, 0.52),
-        "int8 over ours": (0.55, 0.45),
-    },
-)
+    target = target_named(target_name)
+    folder = scratch / f"{name}-{size}-{target.name}-unverified"
+    if not folder.exists():
+        folder.mkdir()
+        with toolchain(target.name):
+            target.export(handed(name, size), Precision.FP32, target.options(), folder)
+    return folder / target.file
 
 
 def at_224(runtime: Runtime, names: Sequence[str], scratch: Path) -> list[Ratio]:
-    """Ours, the naive export, softmax and the floor at 224 pixels; int8."""
+    """Ours, the naive export, softmax and the floor at 224 pixels; int8. With --all, torch.compile too."""
     found: list[Ratio] = []
     for name in names:
         file = target_named(runtime.target).file
-        written = scratch / f"{name}-{runtime.target}"
+        written = scratch / f"{name}-{runtime.title}"
         written.mkdir()
         paths = {
-            "ours": ours(name, 224, runtime.target, "fp32", scratch) / file,
-            "int8": ours(name, 224, runtime.target, "int8", scratch) / file,
+            "ours": ours(name, 224, runtime.target, "fp32", written) / file,
+            "int8": ours(name, 224, runtime.target, "int8", written) / file,
             "naive": runtime.naive(cast(name, 224), 224, written / f"naive-{file}"),
             "softmax": runtime.naive(trained(name, 224, "softmax"), 224, written / f"softmax-{file}"),
             "floor": runtime.naive(Floor(cast(name, 224), 224), 224, written / f"floor-{file}"),
         }
-        times = timings({kind: runtime.load(path, 224) for kind, path in paths.items()})
-        for one, other in (
-            ("ours", "naive"),
-            ("ours", "floor"),
-            ("naive", "floor"),
-            ("ours", "softmax"),
-            ("floor", "softmax"),
-            ("int8", "ours"),
-        ):
-            asked = f"{one} over {other}"
-            limits = runtime.must.get(f"{asked}, {name}", runtime.must.get(asked, (None, None)))
+        subjects = {kind: runtime.load(path, 224) for kind, path in paths.items()}
+        asked = ["ours naive", "ours floor", "naive floor", "ours softmax", "floor softmax", "int8 ours"]
+        if every_network:
+            subjects["torch.compile"] = compiled(cast(name, 224), 224)
+            asked.append("ours torch.compile")
+        times = timings(subjects)
+        for one, other in map(str.split, asked):
+            pair = f"{one} over {other}"
+            limits = runtime.must.get(f"{pair}, {name}", runtime.must.get(pair, (None, None)))
             found.append(ratio(f"{runtime.title}, {name}, 224 px", one, other, times, *limits))
     return found
 
@@ -193,40 +100,50 @@ def executorch(scratch: Path) -> list[Ratio]:
     return at_224(XNNPACK, NETWORKS if every_network else NETWORKS[:1], scratch)
 
 
+def openvino(scratch: Path) -> list[Ratio]:
+    return at_224(OPENVINO, NETWORKS, scratch) if every_network else []
+
+
 # tokens
-
-
-def scaled(scratch: Path) -> Mapping[int, dict[str, Path]]:
-    name = NETWORKS[0]
-    sizes = SIZES if every_network else (224, 512, 1024)
-    return {
-        size: {
-            "castled": unverified(name, size, scratch) / "model.onnx",
-            "softmax": naive_onnx(trained(name, size, "softmax"), size, scratch / f"{size}-softmax.onnx"),
-        }
-        for size in sizes
-    }
 
 
 def tokens(scratch: Path) -> list[Ratio]:
     """Castled and softmax from 224 to 1024 pixels: time, its growth, and memory."""
-    found: list[Ratio] = []
-    paths = scaled(scratch)
     curves.clear()
+    found: list[Ratio] = []
+    for runtime in (ORT, OPENVINO, XNNPACK) if every_network else (ORT,):
+        found += growing(runtime, scratch)
+    return found
+
+
+def growing(runtime: Runtime, scratch: Path) -> list[Ratio]:
+    """By one runtime. What has to be reached was asked of ONNX Runtime."""
+    name, found, asked = NETWORKS[0], list[Ratio](), runtime is ORT
+    paths = {
+        size: {
+            "castled": unverified(name, size, runtime.target, scratch),
+            "softmax": runtime.naive(
+                trained(name, size, "softmax"), size, scratch / f"{size}-softmax-{target_named(runtime.target).file}"
+            ),
+        }
+        for size in (SIZES if every_network else (224, 512, 1024))
+    }
+    curve = curves[runtime.title] = dict[int, Any]()
     for size, both in paths.items():
-        times = timings({kind: session(path, size) for kind, path in both.items()})
-        must = (0.16, 0.13) if size == 1024 else (None, None)
-        found.append(ratio(f"ONNX Runtime, castling-deit-tiny, {size} px", "castled", "softmax", times, *must))
-        peaks = {kind: peak_bytes("memory.py", str(path), str(size)) for kind, path in both.items()}
-        limit = (0.35, 0.30) if size == 1024 else (None, None)
-        found.append(proportion(f"peak memory, castling-deit-tiny, {size} px", "castled", "softmax", peaks, *limit))
-        curves[size] = {
+        times = timings({kind: runtime.load(path, size) for kind, path in both.items()})
+        must, limit = ((0.16, 0.13), (0.35, 0.30)) if asked and size == 1024 else ((None, None), (None, None))
+        found.append(ratio(f"{runtime.title}, {name}, {size} px", "castled", "softmax", times, *must))
+        peaks = {kind: peak_bytes("memory.py", runtime.title, str(path), str(size)) for kind, path in both.items()}
+        question = f"peak memory of {runtime.title}, {name}, {size} px"
+        found.append(proportion(question, "castled", "softmax", peaks, *limit))
+        curve[size] = {
             kind: {"median_s": times[kind].median_s, "min_s": times[kind].min_s, "peak_bytes": peaks[kind]}
             for kind in both
         }
-    grown = timings({f"{size} px": session(paths[size]["castled"], size) for size in (512, 1024)})
-    found.append(ratio("growth with four times the tokens, castled", "1024 px", "512 px", grown, 4.4, 4.1))
-    return found
+    grown = timings({f"{size} px": runtime.load(paths[size]["castled"], size) for size in (512, 1024)})
+    must = (4.4, 4.1) if asked else (None, None)
+    question = f"{runtime.title}, growth with four times the tokens, castled"
+    return [*found, ratio(question, "1024 px", "512 px", grown, *must)]
 
 
 def proportion(
@@ -254,7 +171,7 @@ def trained_networks(scratch: Path) -> list[Ratio]:
             )
             assert result.path is not None and result.parity is not None
             size = result.artifact.inputs[0].shape[-1] if result.artifact else 0
-            subjects[precision] = session(result.path / "model.onnx", size)
+            subjects[precision] = ORT.load(result.path / "model.onnx", size)
             accuracies.append(
                 {
                     "network": model,
@@ -275,37 +192,52 @@ def trained_networks(scratch: Path) -> list[Ratio]:
 
 
 def tool(scratch: Path) -> list[Ratio]:
-    """Wall time of the command."""
+    """Wall time of the command, and the memory of all its processes together."""
     castling = str(Path(sys.executable).with_name("castling"))
-    subjects = {
-        "--help": [castling, "--help"],
-        "bundled to all targets": [castling, "export", "--target", "all", "--no-benchmark", "-o", str(scratch / "a")],
-    }
+    export = [castling, "export", "--no-benchmark", "--overwrite", "-o", str(scratch / "tool")]
+    commands = {"--help": [castling, "--help"], "bundled to all targets": [*export, "--target", "all"]}
     limits = {"--help": (0.5, 0.3), "bundled to all targets": (40.0, 25.0)}
-    if every_network:
-        checkpoint = scratch / "deit-base.safetensors"
-        write_checkpoint("castling-deit-base", checkpoint)
-        for target in ("onnx", "executorch"):
-            name = f"DeiT-B to {target}"
-            subjects[name] = [
-                castling, "export", str(checkpoint), "--target", target, "--no-benchmark", "-o", str(scratch / "b")
-            ]  # fmt: skip
-            limits[name] = (60.0, 40.0)
+    for size in ("tiny", "small", "base") if every_network else ():
+        checkpoint = scratch / f"deit-{size}.safetensors"
+        write_checkpoint(f"castling-deit-{size}", checkpoint)
+        for target in TARGETS:
+            name = f"DeiT-{size} to {target}"
+            commands[name] = [*export, str(checkpoint), "--target", target]
+            if size == "base":
+                limits[name] = (60.0, 40.0)
     found = []
     os.sched_setaffinity(0, range(os.cpu_count() or 1))  # of a user's machine, not of one core
-    for name, command in subjects.items():
-        started = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True)
-        seconds = time.perf_counter() - started
-        if done.returncode not in (0, 5):  # random weights may be inconclusive
-            raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
-        found.append(
-            proportion(
-                f"wall time in s, {name}", "the command", "1 s", {"the command": seconds, "1 s": 1.0}, *limits[name]
-            )
-        )
+    for name, command in commands.items():
+        seconds, peak = watched(command)
+        wall, memory = {"the command": seconds, "1 s": 1.0}, {"the command": peak, "1 GB": 1e9}
+        found.append(proportion(f"wall time, {name}", "the command", "1 s", wall, *limits.get(name, (None, None))))
+        found.append(proportion(f"peak memory, {name}", "the command", "1 GB", memory, None, None))
     one_core()
     return found
+
+
+def watched(command: list[str]) -> tuple[float, float]:
+    """Seconds, and the most bytes that the command and its children held together (shared pages counted once)."""
+    started, peak = time.perf_counter(), 0
+    with tempfile.TemporaryFile("w+") as told:
+        process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=told)
+        while process.poll() is None:
+            peak = max(peak, held(process))
+            time.sleep(0.05)
+        seconds = time.perf_counter() - started
+        told.seek(0)
+        if process.returncode not in (0, 5):  # random weights may be inconclusive
+            raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{told.read()}")
+    return seconds, peak
+
+
+def held(process: psutil.Process) -> int:
+    """Bytes of a process and its children; one that ends meanwhile counts no more."""
+    total = 0
+    for each in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            total += each.memory_full_info().pss
+    return total
 
 
 def write_checkpoint(name: str, path: Path) -> None:
@@ -322,31 +254,34 @@ def plot(path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, key, factor, label in zip(
-        axes, ("median_s", "peak_bytes"), (1e3, 1e-6), ("median of one image, ms", "peak memory, MB"), strict=True
-    ):
-        for kind in ("softmax", "castled"):
-            counts = [(size // 16) ** 2 + 1 for size in curves]
-            values = [float(curves[size][kind][key]) * factor for size in curves]
-            slope = np.polyfit(np.log(counts[-2:]), np.log(values[-2:]), 1)[0]
-            axis.loglog(counts, values, "o-", label=f"{kind}: grows with N^{slope:.2f} at the end")
-        axis.set_xlabel("tokens N")
-        axis.set_ylabel(label)
-        axis.legend(frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("DeiT-T in ONNX Runtime, one core: castled by this tool, and with its softmax exported naively")
+    shape = len(curves), 2
+    figure, axes = pyplot.subplots(*shape, figsize=(10, 4 * shape[0]), layout="constrained", squeeze=False)
+    for row, (title, curve) in zip(axes, curves.items(), strict=True):
+        for axis, key, factor, label in zip(
+            row, ("median_s", "peak_bytes"), (1e3, 1e-6), ("median of one image, ms", "peak memory, MB"), strict=True
+        ):
+            for kind in ("softmax", "castled"):
+                counts = [(size // 16) ** 2 + 1 for size in curve]
+                values = [float(curve[size][kind][key]) * factor for size in curve]
+                slope = np.polyfit(np.log(counts[-2:]), np.log(values[-2:]), 1)[0]
+                axis.loglog(counts, values, "o-", label=f"{kind}: grows with N^{slope:.2f} at the end")
+            axis.set(xlabel="tokens N", ylabel=label, title=title)
+            axis.legend(frameon=False)
+            axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("DeiT-T on one core: castled by this tool, and with its softmax exported naively")
     figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 QUESTIONS: dict[str, Callable[[Path], list[Ratio]]] = {
     "onnx": onnx_runtime,
     "executorch": executorch,
+    "openvino": openvino,
     "tokens": tokens,
     "trained": trained_networks,
     "tool": tool,
 }
-curves: dict[int, dict[str, Any]] = {}
+curves: dict[str, dict[int, Any]] = {}
 accuracies: list[dict[str, Any]] = []
 every_network = False
 

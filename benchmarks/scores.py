@@ -1,0 +1,83 @@
+"""The task's score of every bundled network on every target, in every precision that the target has.
+
+    python benchmarks/scores.py [--only NETWORK,...] [--targets TARGET,...]     (make scores: some 20 minutes)
+
+Each artefact is exported, verified and scored on all images whose truth is known: by its export, or here (Core AI in
+float16, whose interpreter takes 0.3 to 0.7 s for an image). Writes results/scores.csv, row by row.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+import tempfile
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import castling_deploy
+from castling_deploy import bundled
+from castling_deploy.probes import probes_for
+from castling_deploy.target import TARGETS, target_named
+from castling_deploy.task import task_named
+
+RESULTS = Path(__file__).resolve().parent / "results" / "scores.csv"
+COLUMNS = ("network", "metric", "target", "precision", "trained", "cast", "artefact", "megabytes", "verdict")
+SAMPLES = {"classification": "digits", "detection": "scenes", "segmentation": "scenes"}
+
+
+def score_of(path: Path) -> float | None:
+    """The metric of the artefact in `path` in percent, on every image whose truth is known."""
+    with castling_deploy.open(path) as model:
+        task = task_named(model.folder.task)
+        probes = probes_for(model.folder.preprocessing, SAMPLES[task.name])
+        outputs = model.outputs(probes.images[: probes.real])
+        return task.score(outputs, probes.truth, model.folder.preprocessing.size)
+
+
+def rows(networks: list[str], targets: list[str]) -> Iterator[dict[str, object]]:
+    for name in networks:
+        network = castling_deploy.load(model=name)
+        for target in targets:
+            for precision in target_named(target).precisions:
+                with tempfile.TemporaryDirectory() as scratch:
+                    made = castling_deploy.export(network, target=target, precision=precision, output=scratch)
+                    assert made.path is not None and made.parity is not None and made.artifact is not None
+                    files = (made.path / file for file in made.artifact.files)
+                    every = (part for file in files for part in ([file] if file.is_file() else file.rglob("*")))
+                    size = sum(part.stat().st_size for part in every if part.is_file())
+                    told = json.loads((made.path / "parity.json").read_text())["accuracy"]
+                    yield {
+                        "network": name,
+                        "metric": told["metric"],
+                        "target": target,
+                        "precision": precision,
+                        "trained": told["trained"],
+                        "cast": told["reference"],
+                        "artefact": score_of(made.path) if told["artifact"] is None else told["artifact"],
+                        "megabytes": size / 1e6,
+                        "verdict": made.parity.verdict,
+                    }
+
+
+def main() -> int:
+    parser = ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--only", default=",".join(bundled.CHECKPOINTS))
+    parser.add_argument("--targets", default=",".join(TARGETS))
+    asked = parser.parse_args()
+    with RESULTS.open("w", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS)
+        table.writeheader()
+        for row in rows(asked.only.split(","), asked.targets.split(",")):
+            table.writerow({key: f"{value:.2f}" if isinstance(value, float) else value for key, value in row.items()})
+            file.flush()
+            print(*row.values(), file=sys.stderr, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
