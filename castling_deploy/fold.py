@@ -98,6 +98,17 @@ def without_affine(norm: nn.LayerNorm) -> nn.LayerNorm:
     return nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False).eval()
 
 
+class ZeroMeanNorm(nn.LayerNorm):
+    """A LayerNorm without affine part of tokens (..., C) whose mean over C is zero already (rule 31).
+
+    What it returns is what a LayerNorm returns; an exporter may leave out the subtraction of the mean.
+    """
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
+        self.eval()
+
+
 def weighted_like(op: Weighted, weight: torch.Tensor, bias: torch.Tensor | None) -> Weighted:
     """A Linear or Conv2d with the geometry and dtype of `op` and new parameters (float64 accepted)."""
     dtype = op.weight.dtype
@@ -164,6 +175,17 @@ def affine_before(op: nn.Linear, affine: Affine) -> nn.Linear:
 def scaled(op: Weighted, factor: float) -> Weighted:
     """op times a constant, as one op: W' = c W, b' = c b."""
     return weighted_like(op, op.weight.double() * factor, None if op.bias is None else op.bias.double() * factor)
+
+
+def centred(op: Weighted) -> Weighted:
+    """op, then minus the mean over its output channels, as one op (rule 31): W' = W - mean(W), b' = b - mean(b).
+
+    Raises FoldError for a grouped convolution: the mean takes what other groups read.
+    """
+    if isinstance(op, nn.Conv2d) and op.groups > 1:
+        raise FoldError("the mean over the channels of a grouped convolution is none of its own")
+    weight, bias = op.weight.double(), _bias(op)
+    return weighted_like(op, weight - weight.mean(0), None if op.bias is None else bias - bias.mean())
 
 
 def rows(op: nn.Linear, index: torch.Tensor) -> nn.Linear:

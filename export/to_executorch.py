@@ -17,6 +17,7 @@ from castling_deploy.export.attesting import attestation
 from castling_deploy.export.executorch_session import METADATA, ExecuTorchSession
 from castling_deploy.export.half_network import in_half
 from castling_deploy.export.pte_contents import PteContents, pte_contents
+from castling_deploy.export.rms_norms import in_rms_norms
 from castling_deploy.export.scopes import inside
 from castling_deploy.export.torch_int8 import in_8_bits
 from castling_deploy.export.xnnpack_forms import in_xnnpack_forms
@@ -214,7 +215,7 @@ def traced(network: Network, precision: Precision) -> torch.export.ExportedProgr
                 f"'{spec.name}' has the shape {spec.shape}, and a .pte file for XNNPACK has fixed shapes",
                 hint="give every axis a size: --batch-size, --imgsz",
             )
-    module = network.module
+    module = in_rms_norms(network.module)
     if precision is Precision.FP16:
         module = in_half(module, network.islands)
     if network.quantisation is not None:

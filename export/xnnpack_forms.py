@@ -29,6 +29,7 @@ def in_xnnpack_forms(program: torch.export.ExportedProgram) -> torch.export.Expo
     aten = torch.ops.aten
     forms: dict[Any, Callable[..., Tensor]] = {
         aten.layer_norm.default: layer_norm,
+        aten.rms_norm.default: rms_norm,
         aten.linalg_vector_norm.default: vector_norm,
         aten.mean.dim: mean,
         aten.select.int: select,
@@ -72,21 +73,26 @@ def layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Tensor:
-    import torch
-
     if len(normalized_shape) != 1:
         return NotImplemented
+    x = rms_norm(x - weighted_sum(x, 1 / x.shape[-1]), normalized_shape, weight, eps)
+    return x if bias is None else x + bias
+
+
+def rms_norm(x: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    import torch
+
+    if len(normalized_shape) != 1 or eps is None:
+        return NotImplemented
     share = 1 / x.shape[-1]
-    x = x - weighted_sum(x, share)
     if is_half(x):
         x, scale = in_range(x)
         root = torch.full((1,), eps**0.5, dtype=x.dtype) / scale  # (sqrt(eps) / s)^2 is eps / s^2
-        variance = weighted_sum(x * x, share) + root * root
+        square = weighted_sum(x * x, share) + root * root
     else:
-        variance = weighted_sum(x * x, share, plus=eps)
-    x = x * variance.rsqrt()
-    x = x if weight is None else x * weight
-    return x if bias is None else x + bias
+        square = weighted_sum(x * x, share, plus=eps)
+    x = x * square.rsqrt()
+    return x if weight is None else x * weight
 
 
 def vector_norm(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from castling_deploy.errors import FoldError
-from castling_deploy.fold import affine_before, layernorm_affine, mean_of_each, without_affine
+from castling_deploy.fold import ZeroMeanNorm, affine_before, centred, layernorm_affine, mean_of_each, without_affine
 from castling_deploy.models.attention import (
     FirstTokens,
     FoldedAttention,
@@ -22,6 +22,7 @@ from castling_deploy.models.attention import (
 )
 from castling_deploy.models.deit_config import DeiTConfig
 from castling_deploy.models.layers import Mlp
+from castling_deploy.rewrite import copied
 
 
 class Block(nn.Module):
@@ -65,9 +66,9 @@ class FoldedBlock(nn.Module):
 
     def __init__(
         self,
-        norm1: nn.Module,
+        norm1: nn.LayerNorm,
         attn: FoldedAttention | FoldedSoftmaxAttention,
-        norm2: nn.Module,
+        norm2: nn.LayerNorm,
         mlp: Mlp,
         asking: nn.Module | None = None,
     ) -> None:
@@ -78,6 +79,14 @@ class FoldedBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.asking(x) + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
+
+    def centred(self) -> FoldedBlock:
+        """The block of a stream without mean: neither of the two Linears that write into it adds one (rule 31)."""
+        twin = copied(self)
+        assert isinstance(twin, FoldedBlock) and isinstance(self.attn.output, nn.Linear)
+        twin.norm1, twin.norm2 = ZeroMeanNorm(self.norm1), ZeroMeanNorm(self.norm2)
+        twin.attn.output, twin.mlp.fc2 = centred(self.attn.output), centred(self.mlp.fc2)
+        return twin
 
     def asked_by(self, asking: nn.Module) -> FoldedBlock:
         """The block that is computed for the tokens of `asking` alone."""
@@ -142,6 +151,14 @@ class FoldedEmbedding(nn.Module):
         patches = patch.bias.expand(1, network.pos_embed.shape[1] - self.prefix, -1)
         self.constant = nn.Buffer(torch.cat([*prefix, patches], dim=1) + network.pos_embed)
 
+    def centred(self) -> FoldedEmbedding:
+        """The embedding of a stream without mean (rule 31)."""
+        twin, constant = copied(self), self.constant.double()
+        assert isinstance(twin, FoldedEmbedding)
+        twin.patch = centred(self.patch)
+        twin.constant = nn.Buffer((constant - constant.mean(-1, keepdim=True)).to(self.constant.dtype))
+        return twin
+
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         x = self.patch(image).flatten(2).transpose(1, 2)  # (B, patches, width)
         return nn.functional.pad(x, (0, 0, self.prefix, 0)) + self.constant
@@ -151,7 +168,8 @@ class CastlingDeiT(nn.Module):
     """Castling-DeiT, plain or distilled. Shape: (B, C, H, W) -> logits (B, classes); the pair in distilled training."""
 
     fold_rule: ClassVar[str] = (
-        "heads merged; last block for the class token; patch bias, class token, position in one constant"
+        "heads merged; last block for the class token; patch bias, class token, position in one constant; "
+        "mean taken out of the tokens"
     )
 
     def __init__(self, config: DeiTConfig) -> None:
@@ -184,10 +202,10 @@ class CastlingDeiT(nn.Module):
         heads = [
             affine_before(head, layernorm_affine(self.norm)) for head in (self.head, self.head_dist) if head is not None
         ]
-        *blocks, last = self.blocks
-        assert isinstance(last, FoldedBlock)
+        *blocks, last = (block.centred() for block in self.blocks)  # type: ignore[operator]  # FoldedBlock's
         blocks.append(last.asked_by(FirstTokens(self.config.prefix)))
-        return FoldedDeiT(FoldedEmbedding(self), nn.ModuleList(blocks), without_affine(self.norm), mean_of_each(heads))
+        embedding = FoldedEmbedding(self).centred()
+        return FoldedDeiT(embedding, nn.ModuleList(blocks), ZeroMeanNorm(self.norm), mean_of_each(heads))
 
 
 class FoldedDeiT(nn.Module):

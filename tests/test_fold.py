@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from networks import SMALL, conditioned, small
+from networks import BASELINES, SMALL, conditioned, small
 from torch import nn
 
 from castling_deploy import fold as algebra
@@ -72,6 +72,36 @@ def test_heads_on_one_token_merge_into_their_mean_and_on_two_into_one_wide_linea
     assert relative(algebra.mean_of(heads)(x), (heads[0](x) + heads[1](x)) / 2) < 1e-12
     both = torch.cat([x, y], dim=1)
     assert relative(algebra.mean_of_each(heads)(both), (heads[0](x) + heads[1](y)) / 2) < 1e-12
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_centring_takes_the_mean_over_channels_out_of_what_an_operation_returns(bias: bool) -> None:
+    x, image = torch.randn(3, 8, dtype=torch.float64), torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    linear = nn.Linear(8, 6, bias).double()
+    conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=bias).double()
+    for op, given in ((linear, x), (conv, image)):
+        exact = op(given)
+        assert relative(algebra.centred(op)(given), exact - exact.mean(1, keepdim=True)) < 1e-12
+
+
+def test_a_grouped_convolution_cannot_be_centred() -> None:
+    with pytest.raises(FoldError, match="grouped"):
+        algebra.centred(nn.Conv2d(4, 6, 3, groups=2))
+
+
+@pytest.mark.parametrize("name", [*SMALL, *BASELINES])
+def test_a_norm_that_promises_tokens_without_mean_is_given_such(name: str, images: Images) -> None:
+    castled = castle(small(name)).double()
+    folded = fold(castled)
+    promised = [module for module in folded.modules() if isinstance(module, algebra.ZeroMeanNorm)]
+    assert bool(promised) == name.startswith("deit")
+    means: list[float] = []
+    for module in promised:
+        module.register_forward_pre_hook(
+            lambda _, given: means.append((given[0].mean(-1).abs().max() / given[0].std()).item())
+        )
+    folded(images(castled, 2))
+    assert len(means) == len(promised) and max(means, default=0.0) < 1e-13
 
 
 def test_rows_and_scaling_keep_what_they_select() -> None:

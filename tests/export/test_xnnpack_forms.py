@@ -11,7 +11,7 @@ from networks import SMALL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from castling_deploy.export.xnnpack_forms import in_xnnpack_forms, layer_norm, vector_norm
+from castling_deploy.export.xnnpack_forms import in_xnnpack_forms, layer_norm, rms_norm, vector_norm
 
 aten = torch.ops.aten
 generator = torch.Generator().manual_seed(0)
@@ -53,6 +53,8 @@ COVERED = {
         Calls(lambda x, w, b: F.layer_norm(x, (12,), w, b), random(12), random(12)),
         aten.layer_norm.default,
     ),
+    "RMSNorm": (Calls(lambda x: F.rms_norm(x, (12,), eps=1e-2)), aten.rms_norm.default),
+    "RMSNorm with weight": (Calls(lambda x, w: F.rms_norm(x, (12,), w, 1e-6), random(12)), aten.rms_norm.default),
     "norm": (Calls(lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=True)), aten.linalg_vector_norm.default),
     "norm without its axis": (Calls(lambda x: torch.linalg.vector_norm(x, dim=3)), aten.linalg_vector_norm.default),
     "mean over tokens": (Calls(lambda x: x.mean(2)), aten.mean.dim),
@@ -105,6 +107,7 @@ UNCOVERED = {
     "norm over another axis": Calls(lambda x: torch.linalg.vector_norm(x, dim=1)),
     "norm over all": Calls(torch.linalg.vector_norm),
     "LayerNorm over two axes": Calls(lambda x: F.layer_norm(x, (10, 12))),
+    "RMSNorm over two axes": Calls(lambda x: F.rms_norm(x, (10, 12), eps=1e-6)),
     "mean over two axes": Calls(lambda x: x.mean((2, 3))),
     "mean over all": Calls(lambda x: x.mean()),
     "3x3 depthwise convolution": Calls(lambda x, w: F.conv2d(x, w, groups=3), random(3, 1, 3, 3)),
@@ -139,6 +142,7 @@ def test_float16_norms_neither_overflow_nor_vanish(size: float) -> None:
     exact = x.double()
     assert relative_error(vector_norm(x, dim=[-1], keepdim=True), exact.norm(dim=-1, keepdim=True)) < 3e-3
     assert relative_error(layer_norm(x, [64], eps=1e-6), F.layer_norm(exact, (64,), eps=1e-6)) < 5e-3
+    assert relative_error(rms_norm(x, [64], eps=1e-6), F.rms_norm(exact, (64,), eps=1e-6)) < 5e-3
     assert vector_norm(torch.zeros_like(x), dim=[-1]).eq(0).all()
 
 
