@@ -21,6 +21,7 @@ from castling_deploy.fold import fold as folded
 from castling_deploy.identify import ModelCard, identify
 from castling_deploy.making import Result
 from castling_deploy.models.family import family_of
+from castling_deploy.models.foreign_names import in_our_names
 from castling_deploy.parity import Array, Verdict
 from castling_deploy.probes import Probes
 from castling_deploy.quiet import toolchain
@@ -188,6 +189,9 @@ def _recognised(network: nn.Module) -> tuple[nn.Module, ModelCard]:
     if config:
         facts = {"image_size": list(config.image_size), "aux_threshold": config.aux_threshold}
     is_baseline = getattr(config, "attention", None) == "softmax"
-    model = family_of(tensors, softmax=True).baseline if is_baseline else None
+    family = family_of(
+        in_our_names(tensors)[0], softmax=True
+    )  # all of it: what holds a network has a forward of its own
+    model = family.baseline if is_baseline else None
     own, card = identify(reading.Checkpoint(Path("in-memory"), None, tensors, card=facts), model=model)
     return (own.train(network.training) if castlified else network), card

@@ -23,10 +23,10 @@ from castling_deploy.models.family import (
     family_of,
     names_baseline,
 )
-from castling_deploy.models.foreign_names import in_our_names
 from castling_deploy.models.zero_dconv import with_zero_dconv
 from castling_deploy.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from castling_deploy.reading.card import Stated, stated
+from castling_deploy.reading.networks import network_in
 from castling_deploy.suggest import did_you_mean
 
 
@@ -74,12 +74,19 @@ def identify(
     are zero, with a warning. Raises CheckpointError when a tensor is missing, left over or of the wrong shape.
     """
     facts = stated(checkpoint.card)
-    in_file = len(checkpoint.tensors)
-    checkpoint = _in_our_names(checkpoint)
+    softmax = model is not None and names_baseline(model)
+    found = network_in(checkpoint.tensors, softmax or init_dconv is not None)
+    in_file = len(checkpoint.tensors) - len(found.left_out)
+    checkpoint = replace(
+        checkpoint,
+        tensors=found.tensors,
+        peeled=(*checkpoint.peeled, *found.peeled),
+        dropped=(*checkpoint.dropped, *found.left_out),
+    )
     warnings: tuple[str, ...] = ()
     if init_dconv is not None:
         checkpoint, warnings = _with_zero_dconv(checkpoint, facts)
-    family = family_of(checkpoint.tensors, softmax=model is not None and names_baseline(model))
+    family = family_of(checkpoint.tensors, softmax)
     config = _config(family, checkpoint, facts, image_size)
     if facts.image_size not in (None, config.image_size):
         raise CheckpointError(
@@ -154,11 +161,6 @@ def _config(family: ModelFamily, checkpoint: Checkpoint, facts: Stated, image_si
 
 def _pixels(size: Size) -> str:
     return f"{size[0]} x {size[1]}"
-
-
-def _in_our_names(checkpoint: Checkpoint) -> Checkpoint:
-    tensors, translated = in_our_names(checkpoint.tensors)
-    return replace(checkpoint, tensors=tensors, peeled=(*checkpoint.peeled, *translated))
 
 
 def _with_zero_dconv(checkpoint: Checkpoint, facts: Stated) -> tuple[Checkpoint, tuple[str, ...]]:

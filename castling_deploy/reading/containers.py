@@ -59,7 +59,8 @@ def unwrapped(content: Any, path: Path) -> tuple[dict[str, torch.Tensor], list[s
 
 def is_bookkeeping(name: str) -> bool:
     """Whether the entry counts, indexes or averages, and is no weight of the network."""
-    return name.endswith(DROPPED_ENDINGS) or name.startswith("ema_")
+    averaged = name.startswith("ema_") and "." not in name  # PicoDet's port: buffers beside the network's own names
+    return averaged or name.endswith(DROPPED_ENDINGS)
 
 
 def _without(component: str, tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
