@@ -25,6 +25,7 @@ from castling_deploy.models.foreign_names import in_our_names
 from castling_deploy.parity import Array, Verdict
 from castling_deploy.probes import Probes
 from castling_deploy.quiet import toolchain
+from castling_deploy.reading.card import Told
 from castling_deploy.rechecking import recheck
 from castling_deploy.request import Int8, Request
 from castling_deploy.target import target_named
@@ -39,15 +40,19 @@ def load(
     model: str | None = None,
     image_size: tuple[int, int] | None = None,
     init_dconv: Literal["zero"] | None = None,
+    weights: str | None = None,
 ) -> nn.Module:
     """The network of a checkpoint (without one: the bundled `model`) in training form, its card as `.card`.
 
+    `weights` names a container of the file ("state_dict", where an average is preferred) or a prefix of its names.
     A network whose weights are changed afterwards is exported as one of no checkpoint.
 
     Shape: (B, C, H, W) -> logits (B, classes). Raises CheckpointError.
     """
     source = bundled.checkpoint_path(model or bundled.DEFAULT) if path is None else path
-    network, card = identify(reading.read(source), model=model, image_size=image_size, init_dconv=init_dconv)
+    told = Told(weights)
+    checkpoint = reading.read(source, told.weights)
+    network, card = identify(checkpoint, model=model, image_size=image_size, init_dconv=init_dconv, told=told)
     return _carrying(network, card)
 
 

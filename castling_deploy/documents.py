@@ -32,6 +32,7 @@ def checkpoint_document(card: ModelCard) -> dict[str, Any]:
         "tensors": card.loaded,
         "dropped": card.dropped,
         "init_dconv": card.init_dconv,
+        "told": plain(card.told),
         "warnings": card.warnings,
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -25,7 +25,7 @@ from castling_deploy.models.family import (
 )
 from castling_deploy.models.zero_dconv import with_zero_dconv
 from castling_deploy.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from castling_deploy.reading.card import Stated, stated
+from castling_deploy.reading.card import Stated, Told, stated
 from castling_deploy.reading.networks import network_in
 from castling_deploy.suggest import did_you_mean
 
@@ -56,6 +56,7 @@ class ModelCard:
     loaded: int
     dropped: tuple[str, ...]
     init_dconv: Literal["zero"] | None = None
+    told: Told = field(default_factory=Told)
     already_cast: bool = False
     warnings: tuple[str, ...] = ()
 
@@ -66,16 +67,18 @@ def identify(
     model: str | None = None,
     image_size: Size | None = None,
     init_dconv: Literal["zero"] | None = None,
+    told: Told = Told(),  # noqa: B008  # frozen
 ) -> tuple[nn.Module, ModelCard]:
     """The network in training form and eval mode, with the checkpoint's weights, and its card.
 
     `model` is what the caller believes the network to be (a family, a variant or a bundled name); `image_size`
     overrides the checkpoint's (height, width); `init_dconv` takes a softmax network as one whose token convolutions
-    are zero, with a warning. Raises CheckpointError when a tensor is missing, left over or of the wrong shape.
+    are zero, with a warning; `told` is what the user says of the file. Raises CheckpointError when a tensor is missing,
+    left over or of the wrong shape.
     """
     facts = stated(checkpoint.card)
     softmax = model is not None and names_baseline(model)
-    found = network_in(checkpoint.tensors, softmax or init_dconv is not None)
+    found = network_in(checkpoint.tensors, softmax or init_dconv is not None, checkpoint.prefix)
     in_file = len(checkpoint.tensors) - len(found.left_out)
     checkpoint = replace(
         checkpoint,
@@ -134,6 +137,7 @@ def identify(
         loaded=in_file,
         dropped=checkpoint.dropped,
         init_dconv=init_dconv,
+        told=told,
         warnings=(*warnings, *_other_eps(network, facts)),
     )
 

@@ -44,6 +44,14 @@ def limited(command: Any) -> Any:
     return timeout(memory(command))
 
 
+def about_checkpoint(command: Any) -> Any:
+    """The options that say of a checkpoint what its file does not."""
+    weights = click.option(
+        "--weights", metavar="NAME", help="Which of its weights (state_dict, teacher). Default: an average first."
+    )
+    return weights(command)
+
+
 def limits_of(timeout: float | None, memory: float | None) -> Limits:
     """What --timeout and --memory ask for."""
     return Limits(Limits.seconds if timeout is None else timeout, None if memory is None else int(memory * 2**30))

@@ -38,6 +38,14 @@ class Stated:
     crop_fraction: float | None = None
 
 
+@dataclass(frozen=True)
+class Told:
+    """What the user says of a checkpoint, and its file does not: which of its `weights` are meant (a container or a
+    prefix; None: an average is preferred)."""
+
+    weights: str | None = None
+
+
 def stated(entry: Any) -> Stated:
     """The checked entry. Raises CheckpointError on the first fact that cannot be true."""
     if not isinstance(entry, Mapping):

@@ -23,13 +23,18 @@ class Found:
     left_out: tuple[str, ...] = ()
 
 
-def network_in(tensors: Tensors, softmax: bool) -> Found:
-    """The network that all the tensors are, or else the only one that those of one prefix are.
+def network_in(tensors: Tensors, softmax: bool, asked: str | None = None) -> Found:
+    """The network that all the tensors are, or else the only one that those of one prefix are: the one asked for.
 
     Of several, those with softmax attention do not count unless `softmax` allows them. Where no prefix makes a
     network, the one that comes closest is taken off, so that what is wrong is said in the family's own names. Raises
     CheckpointError where two networks fit.
     """
+    if asked is not None:
+        part = _under(asked, tensors)
+        if isinstance(part, CheckpointError):
+            raise part
+        return part
     whole = _under("", tensors)
     if isinstance(whole, Found) and recognised(whole.tensors):
         return whole
@@ -40,7 +45,7 @@ def network_in(tensors: Tensors, softmax: bool) -> Found:
     if len(fitting) > 1:
         raise CheckpointError(
             f"the checkpoint holds {len(fitting)} networks, under {' and '.join(map(repr, fitting))}",
-            hint="save the state_dict() of the one to export alone",
+            hint=f"name the one to export: --weights {next(iter(fitting)).rstrip('.')}",
         )
     if fitting:
         return next(iter(fitting.values()))

@@ -1,0 +1,91 @@
+"""What the user says of a checkpoint, and its file does not: taken, written into the manifest, and taken again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deployments import castling
+from networks import small
+
+import castling_deploy
+from castling_deploy.checkpoint import read
+from castling_deploy.errors import CheckpointError
+from castling_deploy.identify import identify
+
+Tensors = dict[str, torch.Tensor]
+CURRENT, AVERAGE = small("deit").state_dict(), small("deit", 1).state_dict()
+
+
+def under(prefix: str, tensors: Tensors) -> Tensors:
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+def is_current(network: torch.nn.Module) -> bool:
+    return torch.equal(network.get_parameter("head.weight"), CURRENT["head.weight"])
+
+
+@pytest.fixture
+def timm_file(tmp_path: Path) -> Path:
+    torch.save({"state_dict": CURRENT, "state_dict_ema": AVERAGE, "epoch": 3}, tmp_path / "last.pth.tar")
+    return tmp_path / "last.pth.tar"
+
+
+def test_a_container_is_taken_rather_than_the_average_and_reported(timm_file: Path) -> None:
+    assert not is_current(castling_deploy.load(timm_file))
+    network: Any = castling_deploy.load(timm_file, weights="state_dict")
+    assert is_current(network) and network.card.told.weights == "state_dict"
+    assert network.card.peeled == ("container 'state_dict', asked for rather than 'state_dict_ema'",)
+    assert not is_current(castling_deploy.load(timm_file, weights="state_dict_ema"))
+
+
+CHOSEN: dict[str, Any] = {
+    "a container that nobody knows": {"student": CURRENT, "teacher": AVERAGE},
+    "a prefix": {**under("student.", CURRENT), **under("teacher.", AVERAGE)},
+    "a prefix in a container": {"state_dict": {**under("student.", CURRENT), **under("teacher.", AVERAGE)}},
+    "a prefix in a wrapper": {**under("module.student.", CURRENT), **under("module.teacher.", AVERAGE)},
+    "a wrapper in a prefix": {**under("student.module.", CURRENT), **under("teacher.", AVERAGE)},
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_one_of_several_networks_is_taken_by_its_name(name: str, tmp_path: Path) -> None:
+    torch.save(CHOSEN[name], tmp_path / "c.pth")
+    with pytest.raises(CheckpointError) as caught:
+        identify(read(tmp_path / "c.pth"))
+    assert "--weights" in str(caught.value.hint) and "student" in str(caught.value.hint)
+    assert is_current(identify(read(tmp_path / "c.pth", "student"))[0])
+    assert not is_current(identify(read(tmp_path / "c.pth", "teacher"))[0])
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        ({"state_dict": CURRENT, "state_dict_ema": AVERAGE, "optimizer": {"state": {}}}, "state_dict, state_dict_ema"),
+        ({**under("student.", CURRENT), **under("teacher.", AVERAGE)}, "student, teacher"),
+    ],
+)
+def test_a_name_that_the_file_does_not_have_is_refused_with_those_it_has(
+    content: Any, names: str, tmp_path: Path
+) -> None:
+    torch.save(content, tmp_path / "c.pth")
+    with pytest.raises(CheckpointError, match="has no weights 'ema'") as caught:
+        read(tmp_path / "c.pth", "ema")
+    assert names in str(caught.value.hint)
+
+
+def test_an_artefact_is_compared_with_the_weights_that_it_was_exported_from(timm_file: Path, tmp_path: Path) -> None:
+    run = castling(
+        "export", timm_file, "--weights", "state_dict", "--target", "onnx", "--no-benchmark", "-o", tmp_path, "--json"
+    )
+    assert run.code == 0, run.err
+    assert run.document["checkpoint"]["told"]["weights"] == "state_dict"
+    (artifact,) = run.document["artifacts"]
+    again = castling("verify", artifact["path"], "--checkpoint", timm_file)
+    assert again.code == 0, again.err
+    seen = castling("inspect", timm_file, "--weights", "state_dict")
+    assert seen.code == 0 and "asked for rather than 'state_dict_ema'" in " ".join(seen.err.split())
+    refused = castling("inspect", artifact["path"], "--weights", "state_dict")
+    assert refused.code == 2 and "--weights" in refused.err
