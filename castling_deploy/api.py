@@ -20,8 +20,8 @@ from castling_deploy.execution import inputs_for, run_artifact
 from castling_deploy.fold import fold as folded
 from castling_deploy.identify import ModelCard, identify
 from castling_deploy.making import Result
+from castling_deploy.models.dialects import in_our_names
 from castling_deploy.models.family import family_of
-from castling_deploy.models.foreign_names import in_our_names
 from castling_deploy.parity import Array, Verdict
 from castling_deploy.probes import Probes
 from castling_deploy.quiet import toolchain

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from networks import conditioned
+from test_foreign_names import DEPTHS, facebook_levit
 from torch import nn
 
 from castling_deploy.checkpoint import read
 from castling_deploy.identify import identify
 from castling_deploy.models import castlify
+from castling_deploy.models.layers import ConvNorm, LinearNorm, NormLinear
 
 Tensors = dict[str, torch.Tensor]
 
@@ -148,3 +150,33 @@ def test_a_folder_for_the_hub_is_read_with_what_it_says(
     usual = network.pretrained_cfg
     assert (card.preprocessing.mean, card.preprocessing.std) == (usual["mean"], usual["std"])
     assert card.preprocessing.crop_fraction == usual["crop_pct"]
+
+
+def fuse(network: nn.Module) -> None:
+    """As replace_batchnorm of facebookresearch/LeViT utils.py: in place, whatever knows how."""
+    for name, child in network.named_children():
+        if hasattr(child, "fuse"):
+            setattr(network, name, child.fuse())
+        else:
+            fuse(child)
+
+
+@pytest.mark.parametrize("named", [dict, facebook_levit])
+def test_a_levit_that_was_fused_before_it_was_saved_is_what_it_was(
+    timm: ModuleType, named: Callable[[Tensors], Tensors], tmp_path: Path
+) -> None:
+    levit = {"img_size": 64, "embed_dim": (32, 48, 64), "key_dim": 16, "num_heads": (2, 3, 4), "depth": DEPTHS}
+    network = conditioned(timm.models.levit.LevitDistilled(num_classes=10, **levit))
+    images = torch.randn(2, 3, 64, 64)
+    expected = network(images)
+    fuse(network)
+    fused = network.state_dict()
+    assert not any("running" in name for name in fused)
+    torch.save(named(fused), tmp_path / "fused.pth")
+    loaded, card = identify(read(tmp_path / "fused.pth"), model="levit")
+    assert card.peeled[0] == "BatchNorms, folded already, as ones that do nothing"
+    assert (loaded(images) - expected).abs().max() < 1e-5 * expected.abs().max()
+    for name, module in loaded.named_modules():
+        if isinstance(module, (ConvNorm, LinearNorm, NormLinear)):
+            for part, value in module.folded().named_parameters():
+                assert torch.equal(value, fused[f"{name}.{part}"]), "folded again, it is what was saved"

@@ -18,8 +18,14 @@ CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model_state", "model
 WRAPPERS = ("module", "_orig_mod")
 # Attributes that hold the network inside a training module, taken off only where all names have them.
 ATTRIBUTES = ("model.", "net.", "backbone.", "encoder.")
-# Bookkeeping that is no weight.
-DROPPED_ENDINGS = ("num_batches_tracked", "attention_bias_idxs", "relative_position_index", "n_averaged")
+# Bookkeeping that is no weight, and what nothing uses.
+DROPPED_ENDINGS = (
+    "num_batches_tracked",
+    "attention_bias_idxs",
+    "relative_position_index",
+    "n_averaged",
+    "_feat.scale_reg",  # Paddle's PicoHead inherits it from its GFL head, and does without
+)
 
 
 @dataclass(frozen=True)

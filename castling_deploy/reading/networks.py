@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from castling_deploy.errors import CheckpointError
+from castling_deploy.models.dialects import in_our_names
 from castling_deploy.models.family import attention_of, closest_family, recognised
-from castling_deploy.models.foreign_names import in_our_names
 
 Tensors = Mapping[str, torch.Tensor]
 
