@@ -15,7 +15,7 @@ from castling_deploy import bundled, pipeline
 from castling_deploy import checkpoint as reading
 from castling_deploy.artifact import read_folder
 from castling_deploy.castle import castle as castled
-from castling_deploy.errors import ParityError, ShapeError, TargetUnavailableError
+from castling_deploy.errors import ParityError, ShapeError, TargetUnavailableError, UsageError
 from castling_deploy.execution import inputs_for, run_artifact
 from castling_deploy.fold import fold as folded
 from castling_deploy.identify import ModelCard, identify
@@ -28,6 +28,7 @@ from castling_deploy.quiet import toolchain
 from castling_deploy.reading.card import Told
 from castling_deploy.rechecking import recheck
 from castling_deploy.request import Int8, Request
+from castling_deploy.saving import facts_of, write_checkpoint
 from castling_deploy.target import target_named
 
 benchmark = recheck.benchmark
@@ -54,6 +55,24 @@ def load(
     checkpoint = reading.read(source, told.weights)
     network, card = identify(checkpoint, model=model, image_size=image_size, init_dconv=init_dconv, told=told)
     return _carrying(network, card)
+
+
+def save(network: nn.Module, path: str | Path, *, overwrite: bool = False, **facts: Any) -> None:
+    """Write a network in training form, from `load`, `castlify` or built here, as a checkpoint that `load` reads.
+
+    The safetensors file states what the tensors do not tell (sizes, threshold, normalisation, labels); `facts` are
+    stated rather than what is known of the network. Raises UsageError where there is such a file already, or the
+    network was cast: its checkpoint is the one before the cast.
+    """
+    card = _card(network)
+    known = facts_of(card or _recognised(network)[1])
+    if card is None:
+        known["name"] = None  # made up
+    elif card.already_cast:
+        raise UsageError("the network was cast, and is no checkpoint any more", hint="save it before castle or fold")
+    elif card.checkpoint_sha256 is None:
+        known["warnings"] = None  # its weights have changed since: it was trained like this now
+    write_checkpoint(Path(path), network.state_dict(), {**known, **facts}, overwrite=overwrite)
 
 
 def castle(model: nn.Module) -> nn.Module:

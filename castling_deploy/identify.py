@@ -86,9 +86,10 @@ def identify(
         peeled=(*checkpoint.peeled, *found.peeled),
         dropped=(*checkpoint.dropped, *found.left_out),
     )
-    warnings: tuple[str, ...] = ()
+    warnings = facts.warnings
     if init_dconv is not None:
-        checkpoint, warnings = _with_zero_dconv(checkpoint, facts)
+        checkpoint, warning = _with_zero_dconv(checkpoint, facts)
+        warnings += (warning,)
     family = family_of(checkpoint.tensors, softmax)
     config = _config(family, checkpoint, facts, image_size)
     if facts.image_size not in (None, config.image_size):
@@ -167,7 +168,7 @@ def _pixels(size: Size) -> str:
     return f"{size[0]} x {size[1]}"
 
 
-def _with_zero_dconv(checkpoint: Checkpoint, facts: Stated) -> tuple[Checkpoint, tuple[str, ...]]:
+def _with_zero_dconv(checkpoint: Checkpoint, facts: Stated) -> tuple[Checkpoint, str]:
     tensors = with_zero_dconv(checkpoint.tensors, facts.heads)
     added = len(tensors) - len(checkpoint.tensors)
     if added == 0:
@@ -175,7 +176,7 @@ def _with_zero_dconv(checkpoint: Checkpoint, facts: Stated) -> tuple[Checkpoint,
             f"'{checkpoint.path}' has no attention without a token convolution", hint="leave --init-dconv out"
         )
     warning = f"{added} token convolutions (dconv) were filled with zeros: a softmax network, never trained like this"
-    return replace(checkpoint, tensors=tensors), (warning,)
+    return replace(checkpoint, tensors=tensors), warning
 
 
 def _other_eps(network: nn.Module, facts: Stated) -> tuple[str, ...]:

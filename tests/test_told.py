@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,16 @@ def test_an_artefact_is_compared_with_the_weights_that_it_was_exported_from(timm
     assert seen.code == 0 and "asked for rather than 'state_dict_ema'" in " ".join(seen.err.split())
     refused = castling("inspect", artifact["path"], "--weights", "state_dict")
     assert refused.code == 2 and "--weights" in refused.err
+
+
+def test_a_zero_dconv_leaves_its_warning_in_the_manifest(tmp_path: Path) -> None:
+    torch.save(small("deit-softmax").state_dict(), tmp_path / "softmax.pth")
+    run = castling(
+        "export", tmp_path / "softmax.pth", "--init-dconv", "zero", "--target", "onnx", "--no-benchmark",
+        "-o", tmp_path, "--json",
+    )  # fmt: skip
+    assert run.code in (0, 5), run.err
+    (artifact,) = run.document["artifacts"]
+    checkpoint = json.loads((Path(artifact["path"]) / "manifest.json").read_text())["checkpoint"]
+    assert checkpoint["init_dconv"] == "zero" and "filled with zeros" in checkpoint["warnings"][0]
+    assert "filled with zeros" in " ".join(run.err.split())

@@ -20,7 +20,8 @@ class Stated:
     """Facts that shapes do not tell (`classes` they do: it has to agree); None where the file says nothing.
 
     `architecture` is a hub's word for the network, used as a name where there is no better one; `heads` counts only
-    for a network whose tensors do not tell (softmax DeiT); `layer_norm_eps` is compared with the family's.
+    for a network whose tensors do not tell (softmax DeiT); `layer_norm_eps` is compared with the family's;
+    `warnings` are those that the network had when it was saved.
     """
 
     name: str | None = None
@@ -36,6 +37,7 @@ class Stated:
     std: tuple[float, ...] | None = None
     resize_kernel: str | None = None
     crop_fraction: float | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def stated(entry: Any) -> Stated:
         "std": lambda value: _numbers(value) and all(item > 0 for item in value),
         "resize_kernel": lambda value: value in KERNELS,
         "crop_fraction": lambda value: _number(value) and 0.1 <= value <= 1,
+        "warnings": lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value),
     }
     facts: dict[str, Any] = {}
     for key, check in checks.items():
