@@ -60,6 +60,12 @@ class ModelCard:
     already_cast: bool = False
     warnings: tuple[str, ...] = ()
 
+    @property
+    def nothing_to_cast(self) -> str | None:
+        """Why the family's network has nothing that a cast could remove; None where it has."""
+        reasons = {"softmax": "softmax baseline: nothing to cast", "none": "no attention: nothing to cast"}
+        return reasons.get(self.config.attention)
+
 
 def identify(
     checkpoint: Checkpoint,
@@ -226,7 +232,8 @@ def _published_name(family: ModelFamily, config: Any) -> str | None:
 def _name_from(checkpoint: Checkpoint, family: ModelFamily, config: Any) -> str:
     if config.attention == "softmax" and family.baseline is not None:
         return family.baseline
-    stem = re.sub(r"[^a-z0-9]+", "-", checkpoint.path.stem.lower()).strip("-")
+    path = checkpoint.path.with_suffix("") if checkpoint.path.suffix == ".tar" else checkpoint.path  # timm: .pth.tar
+    stem = re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")
     return stem if stem.startswith("castling") else f"{family.name}-{stem or 'custom'}"
 
 
