@@ -42,16 +42,20 @@ def load(
     image_size: tuple[int, int] | None = None,
     init_dconv: Literal["zero"] | None = None,
     weights: str | None = None,
+    aux_threshold: float | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
 ) -> nn.Module:
     """The network of a checkpoint (without one: the bundled `model`) in training form, its card as `.card`.
 
-    `weights` names a container of the file ("state_dict", where an average is preferred) or a prefix of its names.
+    `weights` names a container of the file ("state_dict", where an average is preferred) or a prefix of its names;
+    `aux_threshold`, `mean` and `std` are taken rather than what the file says, or than the usual ones.
     A network whose weights are changed afterwards is exported as one of no checkpoint.
 
     Shape: (B, C, H, W) -> logits (B, classes). Raises CheckpointError.
     """
     source = bundled.checkpoint_path(model or bundled.DEFAULT) if path is None else path
-    told = Told(weights)
+    told = Told(weights, aux_threshold, mean, std)
     checkpoint = reading.read(source, told.weights)
     network, card = identify(checkpoint, model=model, image_size=image_size, init_dconv=init_dconv, told=told)
     return _carrying(network, card)

@@ -150,6 +150,9 @@ def print_inspection(seen: Inspection, console: Console) -> None:
         f"{card.loaded} tensors loaded; taken off: {', '.join(card.peeled) or 'nothing'}; "
         f"dropped: {len(card.dropped)}"
     )
+    if card.assumed:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in card.assumed)
+        console.print(f"  the usual {', '.join(card.assumed)} are assumed; to tell others: {flags}")
     for warning in card.warnings:
         console.print(f"  ! {warning}", style="yellow")
     table = Table(show_edge=False, pad_edge=False)

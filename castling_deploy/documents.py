@@ -33,6 +33,7 @@ def checkpoint_document(card: ModelCard) -> dict[str, Any]:
         "dropped": card.dropped,
         "init_dconv": card.init_dconv,
         "told": plain(card.told),
+        "assumed": card.assumed,
         "warnings": card.warnings,
     }
 

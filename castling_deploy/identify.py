@@ -25,7 +25,7 @@ from castling_deploy.models.family import (
 )
 from castling_deploy.models.zero_dconv import with_zero_dconv
 from castling_deploy.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from castling_deploy.reading.card import Stated, Told, stated
+from castling_deploy.reading.card import ASSUMED, Stated, Told, stated
 from castling_deploy.reading.networks import network_in
 from castling_deploy.suggest import did_you_mean
 
@@ -37,7 +37,7 @@ class ModelCard:
     `output_values` is how many numbers the outputs hold for one image.
     `samples` names the bundled images that the network was trained for, if any. `loaded` and `dropped` count and name
     the checkpoint's tensors: every one is in the network or named here. `warnings` is what a user has to know before
-    trusting the network.
+    trusting the network; `assumed` names the facts that neither the file nor the user told.
     """
 
     name: str
@@ -57,6 +57,7 @@ class ModelCard:
     dropped: tuple[str, ...]
     init_dconv: Literal["zero"] | None = None
     told: Told = field(default_factory=Told)
+    assumed: tuple[str, ...] = ()
     already_cast: bool = False
     warnings: tuple[str, ...] = ()
 
@@ -82,7 +83,7 @@ def identify(
     are zero, with a warning; `told` is what the user says of the file. Raises CheckpointError when a tensor is missing,
     left over or of the wrong shape.
     """
-    facts = stated(checkpoint.card)
+    facts = _with_told(stated(checkpoint.card), told)
     softmax = model is not None and names_baseline(model)
     found = network_in(checkpoint.tensors, softmax or init_dconv is not None, checkpoint.prefix)
     in_file = len(checkpoint.tensors) - len(found.left_out)
@@ -98,6 +99,8 @@ def identify(
         warnings += (warning,)
     family = family_of(checkpoint.tensors, softmax)
     config = _config(family, checkpoint, facts, image_size)
+    if told.aux_threshold is not None and config.attention != "castling":
+        raise UsageError(f"'{checkpoint.path}' has no auxiliary branch", hint="leave --aux-threshold out")
     if facts.image_size not in (None, config.image_size):
         raise CheckpointError(
             f"'{checkpoint.path}' says it takes images of {facts.image_size} pixels, its tensors are "
@@ -145,8 +148,19 @@ def identify(
         dropped=checkpoint.dropped,
         init_dconv=init_dconv,
         told=told,
+        assumed=_assumed(facts, config),
         warnings=(*warnings, *_other_eps(network, facts)),
     )
+
+
+def _with_told(facts: Stated, told: Told) -> Stated:
+    said = {name: getattr(told, name) for name in ASSUMED}
+    return replace(facts, **{name: value for name, value in said.items() if value is not None})
+
+
+def _assumed(facts: Stated, config: Any) -> tuple[str, ...]:
+    matters = [name for name in ASSUMED if name != "aux_threshold" or config.attention == "castling"]
+    return tuple(name for name in matters if getattr(facts, name) is None)
 
 
 def _config(family: ModelFamily, checkpoint: Checkpoint, facts: Stated, image_size: Size | None) -> Any:
@@ -252,7 +266,7 @@ def _preprocessing(facts: Stated, config: Any, family: ModelFamily) -> Preproces
         raise CheckpointError(
             f"a network of {config.channels} input channels cannot be fed images normalised by "
             f"{len(mean)} means and {len(std)} standard deviations",
-            hint="state 'mean' and 'std' of 1 or 3 channels in the file's metadata",
+            hint="name one number per channel, 1 or 3, with --mean and --std or in the file's metadata",
         )
     usual = Preprocessing(
         size=config.image_size, mean=mean, std=std, channel_order="L" if gray else "RGB", **family.preprocessing

@@ -27,6 +27,9 @@ def inspect(
     imgsz: tuple[int, int] | None,
     init_dconv: Literal["zero"] | None,
     weights: str | None,
+    aux_threshold: float | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
     as_json: bool,
 ) -> int:
     """What a checkpoint or an artefact folder PATH is (without one: a bundled network)."""
@@ -38,12 +41,13 @@ def inspect(
     from castling_deploy.reading.card import Told
     from castling_deploy.terminal import stderr_console
 
-    console, told = stderr_console(), Told(weights)
+    console, told = stderr_console(), Told(weights, aux_threshold, mean, std)
     if path is not None and (path / MANIFEST).is_file():
         if model or imgsz or init_dconv or told != Told():
             raise UsageError(
                 "an artefact folder has its model and its size",
-                hint="leave out what says something of a checkpoint: --model, --imgsz, --init-dconv, --weights",
+                hint="leave out what says something of a checkpoint: --model, --imgsz, --init-dconv, --weights, "
+                "--aux-threshold, --mean, --std",
             )
         folder = read_folder(path)
         console.print_json(json.dumps(plain(folder.manifest)))

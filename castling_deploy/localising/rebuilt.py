@@ -31,7 +31,7 @@ def rebuilt(folder: Folder, checkpoint: Path, progress: Progress) -> Rebuilt:
     """Read, cast, folded and run as at the export. Raises ParityError where it is another checkpoint."""
     with progress.stage("read the checkpoint and run the reference") as advance:
         made, read_as = folder.manifest["model"], folder.manifest["checkpoint"]
-        told = Told(**read_as.get("told", {}))
+        told = Told.of(read_as.get("told", {}))
         is_baseline = made["config"].get("attention") == "softmax"
         network, card = identify(
             read(checkpoint, told.weights),
