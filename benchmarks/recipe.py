@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
+import castling_deploy
 from castling_deploy.castle import measure_cast
 from castling_deploy.preprocessing import Preprocessing
 
@@ -78,7 +77,7 @@ def save(
         writer = csv.DictWriter(file, log[0].keys())
         writer.writeheader()
         writer.writerows(log)
-    card = {
+    stated = {
         "name": name,
         **facts,
         "image_size": preprocessing.size,
@@ -88,7 +87,4 @@ def save(
         "std": preprocessing.std,
     }
     BUNDLED.mkdir(exist_ok=True)
-    tensors = {
-        key: value.contiguous() for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")
-    }
-    save_file(tensors, BUNDLED / f"{name}.safetensors", metadata={"castling": json.dumps(card)})
+    castling_deploy.save(model, BUNDLED / f"{name}.safetensors", overwrite=True, **stated)

@@ -241,10 +241,7 @@ def held(process: psutil.Process) -> int:
 
 
 def write_checkpoint(name: str, path: Path) -> None:
-    from safetensors.torch import save_file
-
-    state = {key: value.contiguous() for key, value in trained(name, 224).state_dict().items()}
-    save_file({key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}, path)
+    castling_deploy.save(trained(name, 224), path)
 
 
 def plot(path: Path) -> None:

@@ -4,6 +4,7 @@
     folded = castling_deploy.fold(castling_deploy.castle(network))
     result = castling_deploy.export(network, target="coreml", precision="fp16")
     castling_deploy.verify(result.path)
+    castling_deploy.save(network, "checkpoint.safetensors", overwrite=True)   # tensors, and what they do not tell
     model = castling_deploy.open(result.path)                      # numpy in, numpy out, whatever the target
     logits = model(images)
 
@@ -16,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from castling_deploy import castle, export, fold
-    from castling_deploy.api import benchmark, load, open, verify
+    from castling_deploy.api import benchmark, load, open, save, verify
 
-__all__ = ["benchmark", "castle", "export", "fold", "load", "open", "verify"]
+__all__ = ["benchmark", "castle", "export", "fold", "load", "open", "save", "verify"]
 
 _MODULES = ("castle", "export", "fold")  # callable modules, see castling_deploy.verbs
 

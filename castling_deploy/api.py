@@ -15,17 +15,20 @@ from castling_deploy import bundled, pipeline
 from castling_deploy import checkpoint as reading
 from castling_deploy.artifact import read_folder
 from castling_deploy.castle import castle as castled
-from castling_deploy.errors import ParityError, ShapeError, TargetUnavailableError
+from castling_deploy.errors import ParityError, ShapeError, TargetUnavailableError, UsageError
 from castling_deploy.execution import inputs_for, run_artifact
 from castling_deploy.fold import fold as folded
 from castling_deploy.identify import ModelCard, identify
 from castling_deploy.making import Result
+from castling_deploy.models.dialects import in_our_names
 from castling_deploy.models.family import family_of
 from castling_deploy.parity import Array, Verdict
 from castling_deploy.probes import Probes
 from castling_deploy.quiet import toolchain
+from castling_deploy.reading.card import Told
 from castling_deploy.rechecking import recheck
 from castling_deploy.request import Int8, Request
+from castling_deploy.saving import facts_of, write_checkpoint
 from castling_deploy.target import target_named
 
 benchmark = recheck.benchmark
@@ -38,16 +41,42 @@ def load(
     model: str | None = None,
     image_size: tuple[int, int] | None = None,
     init_dconv: Literal["zero"] | None = None,
+    weights: str | None = None,
+    aux_threshold: float | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
 ) -> nn.Module:
     """The network of a checkpoint (without one: the bundled `model`) in training form, its card as `.card`.
 
+    `weights` names a container of the file ("state_dict", where an average is preferred) or a prefix of its names;
+    `aux_threshold`, `mean` and `std` are taken rather than what the file says, or than the usual ones.
     A network whose weights are changed afterwards is exported as one of no checkpoint.
 
     Shape: (B, C, H, W) -> logits (B, classes). Raises CheckpointError.
     """
     source = bundled.checkpoint_path(model or bundled.DEFAULT) if path is None else path
-    network, card = identify(reading.read(source), model=model, image_size=image_size, init_dconv=init_dconv)
+    told = Told(weights, aux_threshold, mean, std)
+    checkpoint = reading.read(source, told.weights)
+    network, card = identify(checkpoint, model=model, image_size=image_size, init_dconv=init_dconv, told=told)
     return _carrying(network, card)
+
+
+def save(network: nn.Module, path: str | Path, *, overwrite: bool = False, **facts: Any) -> None:
+    """Write a network in training form, from `load`, `castlify` or built here, as a checkpoint that `load` reads.
+
+    The safetensors file states what the tensors do not tell (sizes, threshold, normalisation, labels); `facts` are
+    stated rather than what is known of the network. Raises UsageError where there is such a file already, or the
+    network was cast: its checkpoint is the one before the cast.
+    """
+    card = _card(network)
+    known = facts_of(card or _recognised(network)[1])
+    if card is None:
+        known["name"] = None  # made up
+    elif card.already_cast:
+        raise UsageError("the network was cast, and is no checkpoint any more", hint="save it before castle or fold")
+    elif card.checkpoint_sha256 is None:
+        known["warnings"] = None  # its weights have changed since: it was trained like this now
+    write_checkpoint(Path(path), network.state_dict(), {**known, **facts}, overwrite=overwrite)
 
 
 def castle(model: nn.Module) -> nn.Module:
@@ -188,6 +217,9 @@ def _recognised(network: nn.Module) -> tuple[nn.Module, ModelCard]:
     if config:
         facts = {"image_size": list(config.image_size), "aux_threshold": config.aux_threshold}
     is_baseline = getattr(config, "attention", None) == "softmax"
-    model = family_of(tensors, softmax=True).baseline if is_baseline else None
+    family = family_of(
+        in_our_names(tensors)[0], softmax=True
+    )  # all of it: what holds a network has a forward of its own
+    model = family.baseline if is_baseline else None
     own, card = identify(reading.Checkpoint(Path("in-memory"), None, tensors, card=facts), model=model)
     return (own.train(network.training) if castlified else network), card

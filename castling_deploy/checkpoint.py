@@ -22,8 +22,9 @@ class Checkpoint:
     """Named tensors of a file or folder (`sha256` None: of neither).
 
     `peeled` says which wrappers were taken off, `dropped` which entries are no weights, `card` what the file says of
-    itself (unchecked, see card.py). The `sha256` of a folder with one weight file is that file's; of several it is the
-    one of the lines that `sha256sum` prints for them, in the order of their names.
+    itself (unchecked, see card.py), `prefix` under which names the network is, where the user said so. The `sha256` of
+    a folder with one weight file is that file's; of several it is the one of the lines that `sha256sum` prints for
+    them, in the order of their names.
     """
 
     path: Path
@@ -32,12 +33,13 @@ class Checkpoint:
     peeled: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     card: Any = field(default_factory=dict)
+    prefix: str | None = None
 
 
-def read(path: str | Path) -> Checkpoint:
+def read(path: str | Path, weights: str | None = None) -> Checkpoint:
     """The checkpoint at `path`: safetensors, a torch file (read with `weights_only`), or a hub folder of either.
 
-    Raises CheckpointError.
+    `weights` names one container or prefix of several, see containers.py. Raises CheckpointError.
     """
     path = Path(path)
     if not path.exists():
@@ -50,8 +52,8 @@ def read(path: str | Path) -> Checkpoint:
         raise CheckpointError(
             f"'{error.filename or path}' cannot be read: {error.strerror}", hint="check the file's permissions"
         ) from None
-    tensors, peeled = unwrapped(folder.merged([content for content, _ in contents]), path)
-    card = contents[0][1]
+    inner = unwrapped(folder.merged([content for content, _ in contents]), path, weights)
+    tensors, peeled, card = inner.tensors, list(inner.peeled), contents[0][1]
     kept = {name: value for name, value in tensors.items() if not is_bookkeeping(name)}
     widened = {name: _as_float32(name, value, path) for name, value in kept.items()}
     half = {str(value.dtype).removeprefix("torch.") for value in kept.values() if value.dtype != torch.float32}
@@ -64,6 +66,7 @@ def read(path: str | Path) -> Checkpoint:
         peeled=tuple(peeled),
         dropped=tuple(name for name in tensors if name not in kept),
         card={**folder.card, **card} if isinstance(card, Mapping) else card,
+        prefix=inner.prefix,
     )
 
 

@@ -9,9 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from castling_deploy.castle import LayerCast
 from castling_deploy.inspection import Inspection
 from castling_deploy.localising.localised_text import print_localised
 from castling_deploy.making import Result
+from castling_deploy.models.family import family_named
 from castling_deploy.parity import Verdict
 from castling_deploy.pipeline import Deployment
 from castling_deploy.rechecking.comparison import Comparison, Quantity
@@ -36,9 +38,9 @@ def print_deployment(deployment: Deployment, console: Console) -> None:
     """The closing table, what is doubtful, and what to do next."""
     ladder, card = deployment.ladder, deployment.card
     before, after = ladder.trained_score, ladder.reference_score
+    cast = card.nothing_to_cast or f"{len(ladder.layers)} auxiliary branches cast away"
     console.print(
-        f"\n{card.name}: {len(ladder.layers)} auxiliary branches cast away, "
-        f"{len(ladder.steps)} folds (exact to {number(ladder.fold_rung.rel, '.0e')} in float64)"
+        f"\n{card.name}: {cast}, {len(ladder.steps)} folds (exact to {number(ladder.fold_rung.rel, '.0e')} in float64)"
     )
     if before is not None and after is not None:
         console.print(
@@ -49,6 +51,8 @@ def print_deployment(deployment: Deployment, console: Console) -> None:
             console.print("the cast harms this network: do not ship it; train longer with the branch on", style="red")
     elif ladder.already_cast:
         console.print("the network was cast before: what that cost cannot be told any more")
+    elif card.nothing_to_cast is not None:
+        console.print("no labelled images are known for this network, so its accuracy was not measured")
     else:
         console.print(
             f"the cast changes the outputs by {number(ladder.cast_rung.rel, '.2g')} of their spread; no "
@@ -138,12 +142,17 @@ def print_inspection(seen: Inspection, console: Console) -> None:
     """A checkpoint: what it is, what the cast removes, what the fold folds."""
     card = seen.card
     height, width = card.config.image_size
-    console.print(f"{card.name}  ({card.family}, {card.task}; {card.reference})", style="bold")
+    family = family_named(card.family)
+    kind = family.baseline if card.config.attention == "softmax" else family.name
+    console.print(f"{card.name}  ({kind}, {card.task}; {card.reference})", style="bold")
     console.print(
         f"  input {card.config.channels} x {height} x {width}, {card.config.classes} classes; "
         f"{card.loaded} tensors loaded; taken off: {', '.join(card.peeled) or 'nothing'}; "
         f"dropped: {len(card.dropped)}"
     )
+    if card.assumed:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in card.assumed)
+        console.print(f"  the usual {', '.join(card.assumed)} are assumed; to tell others: {flags}")
     for warning in card.warnings:
         console.print(f"  ! {warning}", style="yellow")
     table = Table(show_edge=False, pad_edge=False)
@@ -152,12 +161,22 @@ def print_inspection(seen: Inspection, console: Console) -> None:
     for name, stage in (("as trained", seen.trained), ("cast", seen.castled), ("folded", seen.folded)):
         table.add_row(name, f"{stage.parameters:,}", f"{stage.macs / 1e6:,.1f} M")
     console.print(table)
-    layers = Table(show_edge=False, pad_edge=False, title="what the cast removes", title_justify="left")
+    if card.nothing_to_cast is not None:
+        console.print(f"  {card.nothing_to_cast}")
+    else:
+        console.print(_layers_table(seen.layers))
+    if seen.dead:
+        console.print(f"  dead after the cast: {', '.join(seen.dead)}")
+    console.print("  what the fold folds: " + "; ".join(f"{count} x {rule}" for rule, count in seen.rules.items()))
+
+
+def _layers_table(layers: Sequence[LayerCast]) -> Table:
+    table = Table(show_edge=False, pad_edge=False, title="what the cast removes", title_justify="left")
     for column in ("layer", "tokens", "mask density", "peak", "contribution", "can vanish"):
-        layers.add_column(column)
-    for layer in seen.layers:
+        table.add_column(column)
+    for layer in layers:
         evidence = layer.evidence
-        layers.add_row(
+        table.add_row(
             layer.path,
             str(evidence.tokens),
             f"{evidence.mask_density:.4f}",
@@ -165,10 +184,7 @@ def print_inspection(seen: Inspection, console: Console) -> None:
             f"{evidence.contribution:.3f}",
             "yes" if evidence.can_vanish else "no: 1/tokens > threshold",
         )
-    console.print(layers)
-    if seen.dead:
-        console.print(f"  dead after the cast: {', '.join(seen.dead)}")
-    console.print("  what the fold folds: " + "; ".join(f"{count} x {rule}" for rule, count in seen.rules.items()))
+    return table
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:

@@ -32,6 +32,8 @@ def checkpoint_document(card: ModelCard) -> dict[str, Any]:
         "tensors": card.loaded,
         "dropped": card.dropped,
         "init_dconv": card.init_dconv,
+        "told": plain(card.told),
+        "assumed": card.assumed,
         "warnings": card.warnings,
     }
 

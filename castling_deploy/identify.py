@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -23,10 +23,10 @@ from castling_deploy.models.family import (
     family_of,
     names_baseline,
 )
-from castling_deploy.models.foreign_names import in_our_names
 from castling_deploy.models.zero_dconv import with_zero_dconv
 from castling_deploy.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from castling_deploy.reading.card import Stated, stated
+from castling_deploy.reading.card import ASSUMED, Stated, Told, stated
+from castling_deploy.reading.networks import network_in
 from castling_deploy.suggest import did_you_mean
 
 
@@ -37,7 +37,7 @@ class ModelCard:
     `output_values` is how many numbers the outputs hold for one image.
     `samples` names the bundled images that the network was trained for, if any. `loaded` and `dropped` count and name
     the checkpoint's tensors: every one is in the network or named here. `warnings` is what a user has to know before
-    trusting the network.
+    trusting the network; `assumed` names the facts that neither the file nor the user told.
     """
 
     name: str
@@ -56,8 +56,16 @@ class ModelCard:
     loaded: int
     dropped: tuple[str, ...]
     init_dconv: Literal["zero"] | None = None
+    told: Told = field(default_factory=Told)
+    assumed: tuple[str, ...] = ()
     already_cast: bool = False
     warnings: tuple[str, ...] = ()
+
+    @property
+    def nothing_to_cast(self) -> str | None:
+        """Why the family's network has nothing that a cast could remove; None where it has."""
+        reasons = {"softmax": "softmax baseline: nothing to cast", "none": "no attention: nothing to cast"}
+        return reasons.get(self.config.attention)
 
 
 def identify(
@@ -66,21 +74,33 @@ def identify(
     model: str | None = None,
     image_size: Size | None = None,
     init_dconv: Literal["zero"] | None = None,
+    told: Told = Told(),  # noqa: B008  # frozen
 ) -> tuple[nn.Module, ModelCard]:
     """The network in training form and eval mode, with the checkpoint's weights, and its card.
 
     `model` is what the caller believes the network to be (a family, a variant or a bundled name); `image_size`
     overrides the checkpoint's (height, width); `init_dconv` takes a softmax network as one whose token convolutions
-    are zero, with a warning. Raises CheckpointError when a tensor is missing, left over or of the wrong shape.
+    are zero, with a warning; `told` is what the user says of the file. Raises CheckpointError when a tensor is missing,
+    left over or of the wrong shape.
     """
-    facts = stated(checkpoint.card)
-    in_file = len(checkpoint.tensors)
-    checkpoint = _in_our_names(checkpoint)
-    warnings: tuple[str, ...] = ()
+    facts = _with_told(stated(checkpoint.card), told)
+    softmax = model is not None and names_baseline(model)
+    found = network_in(checkpoint.tensors, softmax or init_dconv is not None, checkpoint.prefix)
+    in_file = len(checkpoint.tensors) - len(found.left_out)
+    checkpoint = replace(
+        checkpoint,
+        tensors=found.tensors,
+        peeled=(*checkpoint.peeled, *found.peeled),
+        dropped=(*checkpoint.dropped, *found.left_out),
+    )
+    warnings = facts.warnings
     if init_dconv is not None:
-        checkpoint, warnings = _with_zero_dconv(checkpoint, facts)
-    family = family_of(checkpoint.tensors, softmax=model is not None and names_baseline(model))
+        checkpoint, warning = _with_zero_dconv(checkpoint, facts)
+        warnings += (warning,)
+    family = family_of(checkpoint.tensors, softmax)
     config = _config(family, checkpoint, facts, image_size)
+    if told.aux_threshold is not None and config.attention != "castling":
+        raise UsageError(f"'{checkpoint.path}' has no auxiliary branch", hint="leave --aux-threshold out")
     if facts.image_size not in (None, config.image_size):
         raise CheckpointError(
             f"'{checkpoint.path}' says it takes images of {facts.image_size} pixels, its tensors are "
@@ -127,8 +147,20 @@ def identify(
         loaded=in_file,
         dropped=checkpoint.dropped,
         init_dconv=init_dconv,
+        told=told,
+        assumed=_assumed(facts, config),
         warnings=(*warnings, *_other_eps(network, facts)),
     )
+
+
+def _with_told(facts: Stated, told: Told) -> Stated:
+    said = {name: getattr(told, name) for name in ASSUMED}
+    return replace(facts, **{name: value for name, value in said.items() if value is not None})
+
+
+def _assumed(facts: Stated, config: Any) -> tuple[str, ...]:
+    matters = [name for name in ASSUMED if name != "aux_threshold" or config.attention == "castling"]
+    return tuple(name for name in matters if getattr(facts, name) is None)
 
 
 def _config(family: ModelFamily, checkpoint: Checkpoint, facts: Stated, image_size: Size | None) -> Any:
@@ -156,12 +188,7 @@ def _pixels(size: Size) -> str:
     return f"{size[0]} x {size[1]}"
 
 
-def _in_our_names(checkpoint: Checkpoint) -> Checkpoint:
-    tensors, translated = in_our_names(checkpoint.tensors)
-    return replace(checkpoint, tensors=tensors, peeled=(*checkpoint.peeled, *translated))
-
-
-def _with_zero_dconv(checkpoint: Checkpoint, facts: Stated) -> tuple[Checkpoint, tuple[str, ...]]:
+def _with_zero_dconv(checkpoint: Checkpoint, facts: Stated) -> tuple[Checkpoint, str]:
     tensors = with_zero_dconv(checkpoint.tensors, facts.heads)
     added = len(tensors) - len(checkpoint.tensors)
     if added == 0:
@@ -169,7 +196,7 @@ def _with_zero_dconv(checkpoint: Checkpoint, facts: Stated) -> tuple[Checkpoint,
             f"'{checkpoint.path}' has no attention without a token convolution", hint="leave --init-dconv out"
         )
     warning = f"{added} token convolutions (dconv) were filled with zeros: a softmax network, never trained like this"
-    return replace(checkpoint, tensors=tensors), (warning,)
+    return replace(checkpoint, tensors=tensors), warning
 
 
 def _other_eps(network: nn.Module, facts: Stated) -> tuple[str, ...]:
@@ -219,7 +246,8 @@ def _published_name(family: ModelFamily, config: Any) -> str | None:
 def _name_from(checkpoint: Checkpoint, family: ModelFamily, config: Any) -> str:
     if config.attention == "softmax" and family.baseline is not None:
         return family.baseline
-    stem = re.sub(r"[^a-z0-9]+", "-", checkpoint.path.stem.lower()).strip("-")
+    path = checkpoint.path.with_suffix("") if checkpoint.path.suffix == ".tar" else checkpoint.path  # timm: .pth.tar
+    stem = re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")
     return stem if stem.startswith("castling") else f"{family.name}-{stem or 'custom'}"
 
 
@@ -238,7 +266,7 @@ def _preprocessing(facts: Stated, config: Any, family: ModelFamily) -> Preproces
         raise CheckpointError(
             f"a network of {config.channels} input channels cannot be fed images normalised by "
             f"{len(mean)} means and {len(std)} standard deviations",
-            hint="state 'mean' and 'std' of 1 or 3 channels in the file's metadata",
+            hint="name one number per channel, 1 or 3, with --mean and --std or in the file's metadata",
         )
     usual = Preprocessing(
         size=config.image_size, mean=mean, std=std, channel_order="L" if gray else "RGB", **family.preprocessing

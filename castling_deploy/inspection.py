@@ -19,6 +19,7 @@ from castling_deploy.fold import FoldStep, fold
 from castling_deploy.identify import ModelCard, identify
 from castling_deploy.ladder import EVIDENCE_IMAGES
 from castling_deploy.probes import probes_for
+from castling_deploy.reading.card import Told
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,11 @@ def inspect_checkpoint(
     model: str | None = None,
     image_size: tuple[int, int] | None = None,
     init_dconv: Literal["zero"] | None = None,
+    told: Told = Told(),  # noqa: B008  # frozen
 ) -> Inspection:
     """Read, cast and fold the checkpoint without exporting it. Raises CheckpointError."""
-    network, card = identify(read(path), model=model, image_size=image_size, init_dconv=init_dconv)
+    checkpoint = read(path, told.weights)
+    network, card = identify(checkpoint, model=model, image_size=image_size, init_dconv=init_dconv, told=told)
     castled = castle(network)
     steps: list[FoldStep] = []
     folded = fold(castled, steps.append)

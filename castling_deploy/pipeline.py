@@ -42,7 +42,11 @@ def deploy(request: Request, progress: Progress | None = None) -> Deployment:
     with progress.stage("read and identify the checkpoint"):
         path = request.checkpoint or bundled.checkpoint_path(request.model or bundled.DEFAULT)
         network, card = identify(
-            checkpoint.read(path), model=request.model, image_size=request.image_size, init_dconv=request.init_dconv
+            checkpoint.read(path, request.told.weights),
+            model=request.model,
+            image_size=request.image_size,
+            init_dconv=request.init_dconv,
+            told=request.told,
         )
     return deploy_network(request, network, card, progress)
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from castling_deploy.errors import UsageError
 from castling_deploy.isolation import Limits
+from castling_deploy.reading.card import Told
 from castling_deploy.target import (
     Precision,
     Target,
@@ -38,6 +39,7 @@ class Request:
     checkpoint: Path | None = None
     model: str | None = None
     init_dconv: Literal["zero"] | None = None
+    told: Told = field(default_factory=Told)  # of the checkpoint
     precision: str | None = None
     image_size: tuple[int, int] | None = None
     batch_size: int = 1

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any, Literal, Protocol
 
 import torch
@@ -133,53 +134,76 @@ def attention_of(tensors: Tensors) -> AttentionKind:
     return "castling" if any(name.endswith("attn.dconv.weight") for name in tensors) else "softmax"
 
 
+def recognised(tensors: Tensors) -> ModelFamily | None:
+    """The family whose tensors these are, whatever its attention; None where there is none."""
+    return next((family for family in families() if family.recognises(tensors)), None)
+
+
 def family_of(tensors: Tensors, softmax: bool = False) -> ModelFamily:
     """The family whose tensors these are; a softmax baseline only where `softmax` allows it.
 
     Raises CheckpointError when there is none, or it is no Castling model.
     """
-    for family in families():
-        if family.recognises(tensors):
-            if family.baseline is not None and attention_of(tensors) == "softmax" and not softmax:
-                example = next(name for name, config in family.variants.items() if config.attention == "softmax")
-                raise CheckpointError(
-                    f"this is a softmax network with the names of {family.title}: it has no 'attn.dconv.weight'",
-                    hint="only networks trained with linear-angular attention can be castled; "
-                    f"name it with --model (e.g. {example}) to export it as a softmax baseline; "
-                    "for experiments, --init-dconv zero adds an untrained token convolution",
-                )
-            return family
+    family = recognised(tensors)
+    if family is not None:
+        if family.baseline is not None and attention_of(tensors) == "softmax" and not softmax:
+            example = next(name for name, config in family.variants.items() if config.attention == "softmax")
+            raise CheckpointError(
+                f"this is a softmax network with the names of {family.title}: it has no 'attn.dconv.weight'",
+                hint="only networks trained with linear-angular attention can be castled; "
+                f"name it with --model (e.g. {example}) to export it as a softmax baseline; "
+                "for experiments, --init-dconv zero adds an untrained token convolution",
+            )
+        return family
     some = ", ".join(list(tensors)[:3])
-    closest, missing = closest_family(tensors)
+    closest = closest_family(tensors)
     message = f"no Castling network has tensors like these ({len(tensors)} of them: {some}, ...)"
     if closest is not None:
-        more = ", ..." if len(missing) > 3 else ""
-        message += f"; the closest, {closest.title}, also has {', '.join(missing[:3])}{more}"
+        more = ", ..." if len(closest.missing) > 3 else ""
+        message += f"; the closest, {closest.title}, also has {', '.join(closest.missing[:3])}{more}"
     raise CheckpointError(message, hint=f"known families: {', '.join(FAMILIES)}")
 
 
-def closest_family(tensors: Tensors) -> tuple[ModelFamily | None, tuple[str, ...]]:
-    """The family with most of its tensor names among these, and those that are missing; None where it has none.
+@dataclass(frozen=True)
+class Closest:
+    """A family that has `share` of its tensor names among some tensors, and those that are missing."""
+
+    title: str
+    share: float
+    missing: tuple[str, ...]
+
+
+def closest_family(tensors: Tensors) -> Closest | None:
+    """The family with most of its tensor names among these; None where none has any.
 
     Names are compared with their numbers left out, so that depths do not count.
     """
+    present = {_pattern(name) for name in tensors}
+    best: Closest | None = None
+    for title, wanted in _published_names().items():
+        share = len(wanted.keys() & present) / len(wanted)
+        if share > (best.share if best else 0):
+            best = Closest(title, share, tuple(name for pattern, name in wanted.items() if pattern not in present))
+    return best
 
-    def pattern(name: str) -> str:
-        return re.sub(r"\d+", "#", name)
 
-    present = {pattern(name) for name in tensors}
-    best: tuple[float, ModelFamily | None, tuple[str, ...]] = (0.0, None, ())
+@cache
+def _published_names() -> Mapping[str, Mapping[str, str]]:
+    """Of every family, by its title: the patterns of its first variant's names, each with the first such name."""
+    found = {}
     for family in families():
         with torch.device("meta"):
             names = list(family.build(next(iter(family.variants.values()))).state_dict())
-        wanted = {pattern(name): name for name in reversed(names) if not name.endswith("num_batches_tracked")}
-        share = len(wanted.keys() & present) / len(wanted)
-        if share > best[0]:
-            missing = tuple(
-                name for name in names if wanted.get(pattern(name)) == name and pattern(name) not in present
-            )
-            best = share, family, missing
-    return best[1:]
+        firsts: dict[str, str] = {}
+        for name in names:
+            if not name.endswith("num_batches_tracked"):
+                firsts.setdefault(_pattern(name), name)
+        found[family.title] = firsts
+    return found
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
 
 
 def native_size(tokens: int, stride: int, stated: Size | None) -> Size:

@@ -8,37 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 
 from castling_deploy.errors import CheckpointError
 
 Tensors = Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """One way of naming: `spoken` says whether tensors have such names, `ours` translates all of them."""
-
-    title: str
-    spoken: Callable[[Tensors], bool]
-    ours: Callable[[Tensors], Tensors]
-
-
-def in_our_names(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]]:
-    """The tensors under our names, and what was translated (nothing where the names are ours already).
-
-    Raises CheckpointError where the names tell that the network computes something else, or where two names would
-    become one.
-    """
-    refuse_shared_queries(tensors)
-    applied = []
-    for dialect in DIALECTS:
-        if dialect.spoken(tensors):
-            tensors = dialect.ours(tensors)
-            applied.append(dialect.title)
-    return tensors, tuple(applied)
 
 
 def refuse_shared_queries(tensors: Tensors) -> None:
@@ -180,10 +155,11 @@ def facebook_levit(tensors: Tensors) -> Tensors:
 
 def without_unit_axes(tensors: Tensors) -> Tensors:
     """LeViT with 1x1 convolutions (levit_c.py, timm's levit_conv_*) holds its matrices as (C_out, C_in, 1, 1)."""
-    return {name: value.flatten(1) if _is_pointwise(name, value) else value for name, value in tensors.items()}
+    return {name: value.flatten(1) if is_pointwise(name, value) else value for name, value in tensors.items()}
 
 
-def _is_pointwise(name: str, value: torch.Tensor) -> bool:
+def is_pointwise(name: str, value: torch.Tensor) -> bool:
+    """Whether it is the matrix of a residual layer as a 1x1 convolution."""
     return name.startswith("stages.") and name.endswith(".linear.weight") and value.shape[2:] == (1, 1)
 
 
@@ -233,31 +209,3 @@ def stacked(tensors: Tensors) -> Tensors:
                 )
             found[f"{place}qkv.{kind}"] = torch.cat([found.pop(part) for part in names])
     return found
-
-
-# In this order: what one leaves, the next may translate.
-DIALECTS = (
-    Dialect(
-        "names of transformers DeiT",
-        lambda tensors: "deit.embeddings.cls_token" in tensors,
-        lambda tensors: renamed(tensors, TRANSFORMERS_DEIT),
-    ),
-    Dialect(
-        "names of transformers ViT",
-        lambda tensors: "vit.embeddings.cls_token" in tensors,
-        lambda tensors: renamed(tensors, TRANSFORMERS_DEIT),
-    ),
-    Dialect(
-        "names of transformers LeViT",
-        lambda tensors: "levit.patch_embeddings.embedding_layer_1.convolution.weight" in tensors,
-        lambda tensors: facebook_levit(transformers_levit(tensors)),
-    ),
-    Dialect("names of facebook LeViT", lambda tensors: "patch_embed.0.c.weight" in tensors, facebook_levit),
-    Dialect("names of facebook MViT", lambda tensors: "blocks.0.attn.pool_q.weight" in tensors, facebook_mvit),
-    Dialect(
-        "1x1 convolutions of LeViT as matrices",
-        lambda tensors: any(_is_pointwise(name, value) for name, value in tensors.items()),
-        without_unit_axes,
-    ),
-    Dialect("q, k and v stacked into qkv", lambda tensors: any(map(QUERY.match, tensors)), stacked),
-)

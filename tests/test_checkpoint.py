@@ -273,8 +273,18 @@ PLAIN_PICKLES: dict[str, tuple[str, Any, str, str]] = {
         "detectron2's plain pickle of numpy arrays",
         "torch.from_numpy",
     ),
-    "Paddle": ("c.pdparams", {**ARRAYS, "StructuredToParameterName@@": {}}, "is a Paddle file", "PyTorch port"),
-    "Paddle renamed": ("c.pth", {**ARRAYS, "StructuredToParameterName@@": {}}, "is a Paddle file", "PyTorch port"),
+    "Paddle": (
+        "c.pdparams",
+        {**ARRAYS, "StructuredToParameterName@@": {}},
+        "is a Paddle file",
+        "names of PicoDet are known",
+    ),
+    "Paddle renamed": (
+        "c.pth",
+        {**ARRAYS, "StructuredToParameterName@@": {}},
+        "is a Paddle file",
+        "names of PicoDet are known",
+    ),
     "somebody's arrays": ("c.pth", ARRAYS, "a plain pickle of numpy arrays", "torch.from_numpy"),
     "a whole network": ("c.pkl", small("deit"), "wants to run code", r"state_dict\(\)"),
 }

@@ -17,7 +17,7 @@ import pytest
 import torch
 from deployments import ENVIRONMENT, ISOLATED, Run, castling
 from edits import manifest_of, reseal, with_golden
-from networks import SMALL_DEIT, small
+from networks import SMALL_DEIT, dense, small
 
 from castling_deploy.models.attention import LinearAngularAttention
 from castling_deploy.models.deit import CastlingDeiT
@@ -387,6 +387,20 @@ def test_inspect_tells_size_work_cast_and_folds(name: str, checkpoint_file: File
     assert document["rules"]["attention constants"] == len(document["layers"])
     assert ("attention_biases" in " ".join(document["dead"])) == (name == "levit")
     assert "can vanish" in run.err
+
+
+@pytest.mark.parametrize(("network", "title", "reason"), [
+    ("deit-softmax", "deit (deit, classification;", "softmax baseline: nothing to cast"),
+    ("picodet", "picodet-picodet (picodet, detection;", "no attention: nothing to cast"),
+])  # fmt: skip
+def test_inspect_says_where_there_is_nothing_to_cast(network: str, title: str, reason: str, tmp_path: Path) -> None:
+    tensors = (dense if network == "picodet" else small)(network).state_dict()
+    torch.save(tensors, tmp_path / f"{network}.pth")
+    model = ["--model", "deit"] if network == "deit-softmax" else ["--imgsz", "64,96"]
+    run = castling("inspect", tmp_path / f"{network}.pth", *model)
+    said = " ".join(run.err.split())
+    assert run.code == 0 and title in said and reason in said
+    assert "what the cast removes" not in said and "castling-deit" not in said
 
 
 def test_doctor_tells_every_target_and_how_to_mend_it() -> None:

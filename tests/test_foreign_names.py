@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import SMALL_DEIT, SMALL_DISTILLED, SMALL_LEVIT, conditioned
+from networks import SMALL_DEIT, SMALL_DISTILLED, SMALL_LEVIT, conditioned, dense
 from torch import nn
 
 from castling_deploy.checkpoint import read
 from castling_deploy.errors import CheckpointError, UsageError
 from castling_deploy.identify import identify
 from castling_deploy.models.deit import CastlingDeiT
-from castling_deploy.models.foreign_names import in_our_names
+from castling_deploy.models.dialects import in_our_names
 from castling_deploy.models.levit import CastlingLeViT
 from castling_deploy.models.zero_dconv import with_zero_dconv
 
@@ -148,6 +148,29 @@ def transformers_deit_on_disk(ours: Tensors, model: str = "deit") -> Tensors:
     )
 
 
+def paddle_picodet(ours: Tensors) -> Tensors:
+    """As ppdet's ESNet, CSPPAN and PicoHead name their sublayers."""
+    return substituted(
+        ours,
+        (r"running_mean$", "_mean"),
+        (r"running_var$", "_variance"),
+        (r"^(backbone.*)\.se\.conv(\d)\.conv\.", r"\1._se.conv\2."),
+        (r"^(backbone.*)\.bn\.", r"\1._batch_norm."),
+        (r"^(backbone.*)\.(conv\w*)\.conv\.", r"\1._\2._conv."),
+        (r"^(backbone.*)\.(conv\w*)\._batch_norm\.", r"\1._\2._batch_norm."),
+        (r"^neck\.trans\.trans\.", "neck.conv_t.convs."),
+        (r"^(neck.*)\.depthwise_conv\.conv\.", r"\1.dwconv."),
+        (r"^(neck.*)\.depthwise_conv\.bn\.", r"\1.bn1."),
+        (r"^(neck.*)\.pointwise_conv\.conv\.", r"\1.pwconv."),
+        (r"^(neck.*)\.pointwise_conv\.bn\.", r"\1.bn2."),
+        (r"^bbox_head\.cls_convs\.(\d)\.(\d)\.depthwise_conv\.", r"head.conv_feat.cls_conv_dw\1.\2."),
+        (r"^bbox_head\.cls_convs\.(\d)\.(\d)\.pointwise_conv\.", r"head.conv_feat.cls_conv_pw\1.\2."),
+        (r"^(head\.conv_feat.*)\.bn\.", r"\1.norm."),
+        (r"^bbox_head\.gfl_cls\.(\d)\.", r"head.head_cls\1."),
+        (r"^bbox_head\.integral\.", "head.distribution_project."),
+    )
+
+
 STACKED = "q, k and v stacked into qkv"
 MATRICES = "1x1 convolutions of LeViT as matrices"
 FOREIGN: dict[str, tuple[nn.Module, Callable[[Tensors], Tensors], tuple[str, ...]]] = {
@@ -198,6 +221,24 @@ def test_transformers_levit_is_read_with_its_module_components_too() -> None:
     names = transformers_levit(LEVIT.state_dict())
     assert "levit.encoder.stages.0.layers.0.module.queries_keys_values.linear.weight" in names
     assert in_our_names(names)[0].keys() == LEVIT.state_dict().keys()
+
+
+def test_paddles_picodet_is_ours_by_other_names(tmp_path: Path) -> None:
+    network = dense("picodet")
+    names = paddle_picodet({name: value for name, value in network.state_dict().items() if "num_batches" not in name})
+    assert {
+        "backbone._conv1._conv.weight", "backbone._conv1._batch_norm._mean", "backbone.2_1._conv_dw_1._conv.weight",
+        "backbone.2_2._se.conv1.bias", "backbone.4_1._conv_pw_mv1._batch_norm._variance", "neck.conv_t.convs.0.bn.bias",
+        "neck.first_top_conv.dwconv.weight", "neck.top_down_blocks.1.blocks.0.conv2.bn2._mean",
+        "neck.bottom_up_blocks.0.short_conv.conv.weight", "head.conv_feat.cls_conv_dw3.0.conv.weight",
+        "head.conv_feat.cls_conv_pw0.0.norm.bias", "head.head_cls3.bias", "head.distribution_project.project",
+    } <= names.keys()  # fmt: skip
+    scale = {"head.p3_feat.scale_reg": torch.ones(1)}  # of a class that PicoHead is derived from
+    torch.save({**names, **scale}, tmp_path / "picodet.pth")
+    loaded, card = identify(read(tmp_path / "picodet.pth"), image_size=(64, 96))
+    assert card.peeled == ("names of Paddle's PicoDet",) and card.dropped == ("head.p3_feat.scale_reg",)
+    x = torch.randn(1, 3, 64, 96)
+    assert all(torch.equal(*pair) for pair in zip(loaded(x), network(x), strict=True))
 
 
 MVIT = {  # facebook's name and shape -> ours; the second and the fourth block begin a stage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,20 @@ def test_a_baseline_is_taken_only_where_it_is_named(name: str) -> None:
     family = {"deit": "deit", "levit": "levit", "mvit": "mvitv2"}[name.partition("-")[0]]
     _, card = identify(checkpoint(name), model=family)
     assert card.name == family and card.config.attention == "softmax"
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("last.pth.tar", "castling-deit-last"),
+        ("model_best.pth.tar", "castling-deit-model-best"),
+        ("a.b.pth", "castling-deit-a-b"),
+        ("castling-mine.ckpt", "castling-mine"),
+        (".tar", "castling-deit-tar"),
+    ],
+)
+def test_a_file_gives_its_name_without_what_it_ends_with(file: str, name: str) -> None:
+    assert identify(replace(checkpoint("deit"), path=Path(file)))[1].name == name
 
 
 def test_a_zero_dconv_is_an_experiment_with_a_warning() -> None:

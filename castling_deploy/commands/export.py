@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import click
 
-from castling_deploy.commands.options import CONTEXT, ImageSize, limited, limits_of
+from castling_deploy.commands.options import CONTEXT, ImageSize, about_checkpoint, limited, limits_of
 from castling_deploy.commands.outcome import gravest, print_json
 from castling_deploy.errors import UsageError
 from castling_deploy.plain import SCHEMA, plain
@@ -29,6 +29,7 @@ ALL = "all"
 )
 @click.option("--model", "-m", metavar="NAME", help="A bundled network, or what the checkpoint is expected to be.")
 @click.option("--init-dconv", type=click.Choice(["zero"]), help="For experiments: a softmax network with a zero dconv.")
+@about_checkpoint
 @click.option("--precision", metavar="P", help="fp32, fp16 or int8. Default: the target's own.")
 @click.option("--imgsz", type=ImageSize(), metavar="H[,W]", help="Input size in pixels. Default: the checkpoint's.")
 @click.option("--batch-size", "-b", type=click.IntRange(1), default=1, show_default=True, help="Images at once.")
@@ -70,6 +71,10 @@ def export(
     targets: tuple[str, ...],
     model: str | None,
     init_dconv: Literal["zero"] | None,
+    weights: str | None,
+    aux_threshold: float | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
     precision: str | None,
     imgsz: tuple[int, int] | None,
     batch_size: int,
@@ -94,6 +99,7 @@ def export(
     as_json: bool,
 ) -> int:
     """Export CHECKPOINT (without one: a bundled trained network), verify it, and measure it."""
+    from castling_deploy.reading.card import Told
     from castling_deploy.request import Int8, Request, plan
 
     asked = {
@@ -108,6 +114,7 @@ def export(
         checkpoint=checkpoint,
         model=model,
         init_dconv=init_dconv,
+        told=Told(weights, aux_threshold, mean, std),
         precision=precision,
         image_size=imgsz,
         batch_size=batch_size,

@@ -44,6 +44,34 @@ def limited(command: Any) -> Any:
     return timeout(memory(command))
 
 
+class PerChannel(click.ParamType[tuple[float, ...]]):
+    """One number, or one per channel."""
+
+    name = "R,G,B"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        try:
+            return tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"'{value}' is not one number per channel; write 0.5 or 0.485,0.456,0.406", param, ctx)
+
+
+def about_checkpoint(command: Any) -> Any:
+    """The options that say of a checkpoint what its file does not."""
+    for option in (
+        click.option(
+            "--std", type=PerChannel(), help="What images are divided by. Default: the file's, or ImageNet's."
+        ),
+        click.option("--mean", type=PerChannel(), help="What is subtracted before, for pixels in 0..1."),
+        click.option("--aux-threshold", type=float, metavar="T", help="Of the auxiliary branch. Default: 0.02."),
+        click.option(
+            "--weights", metavar="NAME", help="Which weights (state_dict, teacher). Default: an average first."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def limits_of(timeout: float | None, memory: float | None) -> Limits:
     """What --timeout and --memory ask for."""
     return Limits(Limits.seconds if timeout is None else timeout, None if memory is None else int(memory * 2**30))

@@ -15,6 +15,7 @@ from castling_deploy.ladder import Ladder, climb
 from castling_deploy.models.family import family_named
 from castling_deploy.probes import probes_for
 from castling_deploy.progress import Progress
+from castling_deploy.reading.card import Told
 from castling_deploy.task import task_named
 
 
@@ -29,13 +30,15 @@ class Rebuilt:
 def rebuilt(folder: Folder, checkpoint: Path, progress: Progress) -> Rebuilt:
     """Read, cast, folded and run as at the export. Raises ParityError where it is another checkpoint."""
     with progress.stage("read the checkpoint and run the reference") as advance:
-        made, init_dconv = folder.manifest["model"], folder.manifest["checkpoint"].get("init_dconv")
+        made, read_as = folder.manifest["model"], folder.manifest["checkpoint"]
+        told = Told.of(read_as.get("told", {}))
         is_baseline = made["config"].get("attention") == "softmax"
         network, card = identify(
-            read(checkpoint),
+            read(checkpoint, told.weights),
             model=family_named(made["family"]).baseline if is_baseline else None,
             image_size=folder.preprocessing.size,
-            init_dconv=init_dconv,
+            init_dconv=read_as.get("init_dconv"),
+            told=told,
         )
         if card.checkpoint_sha256 != folder.checkpoint_sha256:
             raise ParityError(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from castling_deploy.errors import CheckpointError
+from castling_deploy.errors import CheckpointError, UsageError
 
 KERNELS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -20,7 +20,8 @@ class Stated:
     """Facts that shapes do not tell (`classes` they do: it has to agree); None where the file says nothing.
 
     `architecture` is a hub's word for the network, used as a name where there is no better one; `heads` counts only
-    for a network whose tensors do not tell (softmax DeiT); `layer_norm_eps` is compared with the family's.
+    for a network whose tensors do not tell (softmax DeiT); `layer_norm_eps` is compared with the family's;
+    `warnings` are those that the network had when it was saved.
     """
 
     name: str | None = None
@@ -36,6 +37,41 @@ class Stated:
     std: tuple[float, ...] | None = None
     resize_kernel: str | None = None
     crop_fraction: float | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the user says of a checkpoint, and is taken rather than what its file says; None where nothing is said.
+
+    `weights` names a container or a prefix (None: an average is preferred), `aux_threshold` masks the auxiliary branch,
+    `mean` and `std` normalise the images, one number per channel for values in 0..1. Raises UsageError.
+    """
+
+    weights: str | None = None
+    aux_threshold: float | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.aux_threshold is not None and not 0 <= self.aux_threshold <= 1:
+            raise UsageError(f"an auxiliary threshold of {self.aux_threshold}", hint="softmax weights lie in 0..1")
+        if not all(math.isfinite(value) for value in (*(self.mean or ()), *(self.std or ()))):
+            raise UsageError("a mean or standard deviation is no number", hint="give one number per channel")
+        if self.std is not None and min(self.std, default=0) <= 0:
+            raise UsageError(f"standard deviations of {self.std}", hint="images are divided by them: use more than 0")
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Told:
+        """What a manifest holds of it."""
+        said: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in document.items()
+        }
+        return cls(**said)
+
+
+# What is assumed of a checkpoint that does not say it, where nobody else does.
+ASSUMED = ("aux_threshold", "mean", "std")
 
 
 def stated(entry: Any) -> Stated:
@@ -56,6 +92,7 @@ def stated(entry: Any) -> Stated:
         "std": lambda value: _numbers(value) and all(item > 0 for item in value),
         "resize_kernel": lambda value: value in KERNELS,
         "crop_fraction": lambda value: _number(value) and 0.1 <= value <= 1,
+        "warnings": lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value),
     }
     facts: dict[str, Any] = {}
     for key, check in checks.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +18,82 @@ CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model_state", "model
 WRAPPERS = ("module", "_orig_mod")
 # Attributes that hold the network inside a training module, taken off only where all names have them.
 ATTRIBUTES = ("model.", "net.", "backbone.", "encoder.")
-# Bookkeeping that is no weight.
-DROPPED_ENDINGS = ("num_batches_tracked", "attention_bias_idxs", "relative_position_index", "n_averaged")
+# Bookkeeping that is no weight, and what nothing uses.
+DROPPED_ENDINGS = (
+    "num_batches_tracked",
+    "attention_bias_idxs",
+    "relative_position_index",
+    "n_averaged",
+    "_feat.scale_reg",  # Paddle's PicoHead inherits it from its GFL head, and does without
+)
 
 
-def unwrapped(content: Any, path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The tensors inside the trainer's containers, with wrapper prefixes off, and what was taken off.
+@dataclass(frozen=True)
+class Unwrapped:
+    """Tensors without what was around them, and what was taken off; `prefix` is what the asked ones' names begin with,
+    where they were asked for by that."""
 
-    Raises CheckpointError, which names `path`, where there are no tensors.
+    tensors: Mapping[str, torch.Tensor]
+    peeled: tuple[str, ...]
+    prefix: str | None = None
+
+
+def unwrapped(content: Any, path: Path, weights: str | None = None) -> Unwrapped:
+    """The tensors inside the trainer's containers, with wrapper prefixes off.
+
+    `weights` names a container, which is taken rather than the preferred one, or else a prefix. Raises CheckpointError,
+    which names `path`, where there are no tensors or no such weights.
     """
     peeled: list[str] = []
+    known = _containers_in(content)
+    sought = weights
     while isinstance(content, Mapping):
-        inside = [key for key in CONTAINERS if isinstance(content.get(key), Mapping) and content[key]]
-        if not inside:
+        inside = [key for key in CONTAINERS if _is_filled(content.get(key))]
+        if _is_filled(content.get(sought)):
+            others = [key for key in inside if key != sought]
+            peeled.append(f"container '{sought}', asked for" + (f" rather than '{others[0]}'" if others else ""))
+            content, sought = content[sought], None
+        elif inside:
+            preferred = f", preferred to '{inside[1]}'" if len(inside) > 1 else ""
+            peeled.append(f"container '{inside[0]}'{preferred}")
+            content = content[inside[0]]
+        else:
             break
-        content = content[inside[0]]
-        preferred = f", preferred to '{inside[1]}'" if len(inside) > 1 else ""
-        peeled.append(f"container '{inside[0]}'{preferred}")
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(
             f"'{path}' holds a {type(content).__name__}, not a network's tensors",
             hint="save model.state_dict(), not the model or something else",
         )
     tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
-    if not tensors:
+    if not tensors and not known:
         raise CheckpointError(f"'{path}' holds no tensors", hint=f"looked at the top and in: {', '.join(CONTAINERS)}")
+    tensors = _without_wrappers(tensors, path, peeled)
+    if not tensors or (sought is not None and not any(name.startswith(f"{sought}.") for name in tensors)):
+        prefixes = list(dict.fromkeys(name.split(".")[0] for name in tensors if "." in name))
+        raise CheckpointError(
+            f"'{path}' has no weights '{sought}'" if sought else f"'{path}' holds tensors in places of its own",
+            hint=f"{'leave --weights out, or ' if tensors else ''}name one with --weights: "
+            f"{', '.join([*known, *prefixes])}",
+        )
+    return Unwrapped(tensors, tuple(peeled), sought and f"{sought}.")
+
+
+def _is_filled(content: Any) -> bool:
+    return isinstance(content, Mapping) and bool(content)
+
+
+def _containers_in(content: Any) -> list[str]:
+    """The entries of a file that hold tensors."""
+    entries = content.items() if isinstance(content, Mapping) else ()
+    return [
+        str(key)
+        for key, inner in entries
+        if isinstance(inner, Mapping) and any(isinstance(value, torch.Tensor) for value in inner.values())
+    ]
+
+
+def _without_wrappers(tensors: dict[str, torch.Tensor], path: Path, peeled: list[str]) -> dict[str, torch.Tensor]:
+    """The tensors without wrappers' components and attributes that all share, which are noted in `peeled`."""
     before = None
     while before != tensors.keys():
         before = tensors.keys()
@@ -54,12 +106,13 @@ def unwrapped(content: Any, path: Path) -> tuple[dict[str, torch.Tensor], list[s
             if weights and all(name.startswith(attribute) for name in weights):
                 tensors = {name.removeprefix(attribute): value for name, value in tensors.items()}
                 peeled.append(f"prefix '{attribute}'")
-    return tensors, peeled
+    return tensors
 
 
 def is_bookkeeping(name: str) -> bool:
     """Whether the entry counts, indexes or averages, and is no weight of the network."""
-    return name.endswith(DROPPED_ENDINGS) or name.startswith("ema_")
+    averaged = name.startswith("ema_") and "." not in name  # PicoDet's port: buffers beside the network's own names
+    return averaged or name.endswith(DROPPED_ENDINGS)
 
 
 def _without(component: str, tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:

@@ -144,8 +144,9 @@ def _plain_pickle(path: Path) -> CheckpointError:
         return _wants_to_run_code(path, sorted(imports))
     if path.suffix == ".pdparams" or "StructuredToParameterName@@" in strings:
         return CheckpointError(
-            f"'{path}' is a Paddle file: a plain pickle, which is not read, with Paddle's names",
-            hint="convert it with the model's PyTorch port and save model.state_dict() as safetensors",
+            f"'{path}' is a Paddle file: a plain pickle, which is not read",
+            hint="where you trust its maker, pickle.load it and save {name: torch.from_numpy(array)} of its arrays as "
+            "safetensors: Paddle's names of PicoDet are known; convert others with their PyTorch port",
         )
     maker = "detectron2's" if {"matching_heuristics", "__author__"} & strings else "a"
     return CheckpointError(
