@@ -27,6 +27,7 @@ NUMPY = {  # MLIR's names of what a resource may hold
 }
 RESOURCE = re.compile(r'^ +(\w+): "0x([0-9A-F]*)"', re.MULTILINE)
 REFERENCE = re.compile(r"dense_resource<(\w+)>")
+DEQUANTISE, TRANSPOSE = "coreai.blockwise_shift_scale", "coreai.transpose"
 PARAMETRISED = frozenset({"coreai.interpolate"})  # takes its scale and offset as float32 constants, whatever it scales
 
 
@@ -35,13 +36,14 @@ class Operation:
     """One operation of a program: `graph` is the function or the composite it stands in, without its number.
 
     `floats` are the floating-point types of its operands and results by numpy's names; those of the results are
-    `results`.
+    `results`. `on_int8` is whether an operand is made of int8 constants and their scales.
     """
 
     graph: str
     name: str
     floats: frozenset[str]
     results: frozenset[str]
+    on_int8: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,23 @@ def operations_of(operation: Any, graph: str) -> Iterator[Operation]:
                     yield from operations_of(inner, composite(inner.attributes["sym_name"].value))
                     continue
                 results = floats(inner.results)
-                yield Operation(graph, name, floats(inner.operands) | results, results)
+                on_int8 = any(is_dequantised(operand) for operand in inner.operands)
+                yield Operation(graph, name, floats(inner.operands) | results, results, on_int8)
                 yield from operations_of(inner, graph)
+
+
+def is_dequantised(value: Any) -> bool:
+    """Whether an MLIR value is int8 times a scale, maybe transposed since, as torch's Linear has its weights."""
+    from coreai._compiler.ir import OpResult
+
+    while OpResult.isinstance(value):
+        maker: Any = OpResult(value).owner
+        if maker.name == DEQUANTISE:
+            return str(maker.operands[0].type.element_type) == "si8"
+        if maker.name != TRANSPOSE:
+            return False
+        value = maker.operands[0]
+    return False
 
 
 def constants_of(module: Any) -> Iterator[tuple[str, Any]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError, ShapeError
 from castling_deploy.export.half_network import in_half
 from castling_deploy.export.scopes import REDUCTIONS, inside, kind, module_stack
+from castling_deploy.export.torch_int8 import in_8_bits
 from castling_deploy.target import Network, Precision
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ FUNCTION = "main"  # the entry point that coreai-torch gives a program
 NETWORK = "network"  # the network's name inside what `in_half` returns
 PRODUCTS = frozenset({"addmm", "baddbmm", "bmm", "convolution", "linear", "matmul", "mm"})  # torch's, decomposed
 CAST = "_to_copy"
+DEQUANTISE = "quantized_decomposed::dequantize_per_channel.default"
 NORMS = frozenset({"layer_norm", "native_layer_norm"})  # coreai-torch computes their statistics in float32 anyway
 
 
@@ -41,8 +43,11 @@ def exported_program(network: Network, precision: Precision) -> torch.export.Exp
                 f"'{spec.name}' has the shape {spec.shape}, and this target writes fixed shapes",
                 hint="give every axis a size: --batch-size, --imgsz",
             )
-    half = precision is Precision.FP16
-    module = in_half(network.module, network.islands) if half else network.module
+    module, half = network.module, precision is not Precision.FP32
+    if network.quantisation is not None:
+        module = in_8_bits(module, network.quantisation)
+    if half:
+        module = in_half(module, network.islands)
     try:
         with torch.no_grad():
             program = torch.export.export(module, network.example()).run_decompositions(get_decomp_table())
@@ -120,11 +125,27 @@ def converted(program: torch.export.ExportedProgram, inputs: tuple[str, ...], ou
     from coreai_torch import TorchConverter
 
     converter = TorchConverter(mode=TorchConverter.Mode.RELEASE)
+    converter.register_torch_lowering(DEQUANTISE)(dequantised)
     try:
         converter.add_exported_program(program, input_names=inputs, output_names=outputs)
         return reproducible(converter.to_coreai())
     except Exception as error:  # ValueError, NotImplementedError, RuntimeError, MLIRError, ...
         raise ExportError(f"coreai-torch refuses the network: {error}") from error
+
+
+def dequantised(values: Mapping[str, Any], node: torch.fx.Node, location: Any) -> Any:
+    """int8 weights with a scale per output channel, as the operation that Core AI has for weights in blocks.
+
+    coreai-torch 0.4.3 lowers to it from an operation of its own alone, which one of its private modules defines.
+    """
+    import numpy as np
+    from coreai._compiler.dialects import coreai
+
+    levels, scales, *_ = node.all_input_nodes
+    column = [len(scales.meta["val"]), 1]
+    before, after = np.zeros(column, np.int8), np.zeros(column, str(scales.meta["val"].dtype).removeprefix("torch."))
+    scale = coreai.reshape(values[scales.name], column)
+    return coreai.blockwise_shift_scale(values[levels.name], scale, before, after, loc=location)
 
 
 def reproducible(program: Any) -> Any:

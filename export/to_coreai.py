@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from castling_deploy.eight_bits import Activations
 from castling_deploy.errors import ExportError
 from castling_deploy.export.attesting import PRECISIONS, attestation
 from castling_deploy.export.coreai_asset import NUMPY, OURS, AssetContents, counts, read_asset, write_asset
@@ -38,7 +39,8 @@ FILE = "model.aimodel"
 # A beta: the converter, the reading back and the runtime were checked with these, and the formats still move.
 PACKAGES = {"coreai-core": "1.0.0b3", "coreai-torch": "0.4.3"}
 FIX = "pip install 'castling-deploy[coreai]'"
-DTYPES = {Precision.FP32: "float32", Precision.FP16: "float16"}
+DTYPES = {Precision.FP32: "float32", Precision.FP16: "float16", Precision.INT8: "float16"}  # computed in
+KNOWN = frozenset({*DTYPES.values(), "int8"})
 PRODUCTS = ("matmul", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 SLOW_IMAGES = 12  # with the structured probes about 25 inputs, 7 to 20 s
 STATISTICS = frozenset({"layer_norm"})  # coreai-torch computes their mean and variance in float32
@@ -95,7 +97,7 @@ class CoreAITarget:
     """One model.aimodel with fixed shapes, in float32 or with float16 weights and arithmetic.
 
     In float16 the interface stays float32, and a LayerNorm, one operation to a device, is written out with float32
-    statistics: that is how the interpreter on Linux computes it.
+    statistics: that is how the interpreter on Linux computes it. INT8 is FP16 with int8 weights.
     """
 
     name = "coreai"
@@ -103,13 +105,14 @@ class CoreAITarget:
     extra = "coreai"
     runtime = "coreai"
     selftests: Mapping[str, str] = {"selftest.py": "run_coreai.py"}
-    precisions: tuple[Precision, ...] = (Precision.FP16, Precision.FP32)
+    precisions: tuple[Precision, ...] = (Precision.FP16, Precision.FP32, Precision.INT8)
+    activations = Activations.FLOAT
     options: type[Any] = CoreAIOptions
 
     @property
     def images(self) -> Mapping[Precision, int]:
         """The interpreter on Linux computes float16 number by number: 0.3 to 0.7 s for an image of 128 pixels."""
-        return {} if sys.platform == "darwin" else {Precision.FP16: SLOW_IMAGES}
+        return {} if sys.platform == "darwin" else dict.fromkeys((Precision.FP16, Precision.INT8), SLOW_IMAGES)
 
     def missing(self) -> Missing | None:
         if (sys.platform, platform.machine()) != ("linux", "x86_64") and sys.platform != "darwin":
@@ -140,7 +143,7 @@ class CoreAITarget:
         pass  # every batch can be fixed
 
     def lowered(self, network: Network, options: CoreAIOptions) -> nn.Module:
-        return exported_program(network, Precision.FP32).module(check_guards=False)
+        return exported_program(replace(network, quantisation=None), Precision.FP32).module(check_guards=False)
 
     def export(self, network: Network, precision: Precision, options: CoreAIOptions, folder: Path) -> Artifact:
         (image,), logits = network.inputs, network.outputs[0]
@@ -182,7 +185,7 @@ class CoreAITarget:
             products,
             Counter(name for operation in contents.operations for name in operation.results),
             weights,
-            [f"{count} products are in {name}" for name, count in products.items() if name not in DTYPES.values()],
+            [f"{count} products are in {name}" for name, count in products.items() if name not in KNOWN],
             contents.metadata.get("creatorDefinedMetadata", {}).get(OURS, {}),
             inputs={name: declared(kind) for name, kind in contents.inputs},
             outputs={name: declared(kind) for name, kind in contents.outputs},
@@ -215,14 +218,15 @@ def installed_version(package: str) -> str | None:
 def check(contents: AssetContents, network: Network, precision: Precision, wide: Wide) -> None:
     """Raises ExportError unless the asset has the network's interface, and all its arithmetic the precision asked for.
 
-    The border may cast, and a norm may keep its statistics in float32. Where a float16 network has islands, as many
-    products as `wide` has are float32, and no value changes its type but at its casts: what coreai-torch had widened by
-    itself would have casts of its own. A part of a network may have no product.
+    As many products as the network has Linears in 8 bits have int8 weights. The border may cast, and a norm may keep
+    its statistics in float32. Where a float16 network has islands, as many products as `wide` has are float32, and no
+    value changes its type but at its casts: what coreai-torch had widened by itself would have casts of its own. A
+    part of a network may have no product.
     """
     asked = {DTYPES[precision]}
     products = [operation for operation in contents.operations if operation.name.endswith(PRODUCTS)]
     wrong = [operation for operation in products if operation.floats != asked]
-    if precision is Precision.FP16 and (network.islands or network.reductions):
+    if precision is not Precision.FP32 and (network.islands or network.reductions):
         inner = [operation for operation in wrong if operation.floats == {DTYPES[Precision.FP32]}]
         casts = sum(one.name == "cast" and one.graph == FUNCTION for one in contents.operations)
         if len(inner) != wide.products or casts > wide.casts:
@@ -243,6 +247,11 @@ def check(contents: AssetContents, network: Network, precision: Precision, wide:
         raise ExportError(
             f"{precision} was asked for, and not built: {found or 'there is no product'}", hint="report this network"
         )
+    in_8_bits = len(network.quantisation.ranges) if network.quantisation else 0
+    if sum(operation.on_int8 for operation in products) != in_8_bits:
+        raise ExportError(
+            f"{in_8_bits} Linears were to have int8 weights, and not all have", hint="report this network"
+        )
     interface = [(spec.name, mlir_type(spec.shape)) for spec in (*network.inputs, *network.outputs)]
     if [*contents.inputs, *contents.outputs] != interface:
         raise ExportError(f"the asset's interface is {[*contents.inputs, *contents.outputs]}, not {interface}")
@@ -260,9 +269,12 @@ def declared(mlir: str) -> tuple[str, tuple[int, ...]]:
 
 
 def product_types(contents: AssetContents) -> Counter[str]:
-    """Products by numpy's name of the type that they are in; by both where one mixes two."""
+    """Products by numpy's name of the type that they are in, or "int8" where their weights are; by both where one mixes
+    two."""
     return Counter(
-        " and ".join(sorted(operation.floats)) for operation in contents.operations if operation.name.endswith(PRODUCTS)
+        "int8" if operation.on_int8 else " and ".join(sorted(operation.floats))
+        for operation in contents.operations
+        if operation.name.endswith(PRODUCTS)
     )
 
 
@@ -275,6 +287,6 @@ def facts(contents: AssetContents, precision: Precision) -> dict[str, Any]:
         "composites": norms,
         "operations": counts(contents),
         "notes": ["a LayerNorm's mean and variance are float32"]
-        if precision is Precision.FP16 and any(operation.graph in STATISTICS for operation in contents.operations)
+        if precision is not Precision.FP32 and any(operation.graph in STATISTICS for operation in contents.operations)
         else [],
     }

@@ -3,12 +3,13 @@
 For XNNPACK a Linear with int8 weights, on tokens that are quantised while it runs, is one operation that returns
 floats: everything between two Linears stays as it is, and nothing has to be calibrated. Each Linear quantises its input
 by itself: a quantisation that several of them read is left outside the delegates, where ExecuTorch 1.5.1 has no kernel
-for it. Core ML keeps int8 weights beside their scales, and computes in float16.
+for it. Core ML and Core AI keep int8 weights beside their scales, and compute in float16.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -48,12 +49,21 @@ def in_8_bits(network: nn.Module, quantisation: Quantisation) -> nn.Module:
                 scale, zero = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
                 x = ops.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
                 x = ops.dequantize_per_token(x, scale, zero, -128, 127, torch.int8, torch.float32)
-            weight = ops.dequantize_per_channel(self.weight, self.scales, self.zeros, 0, -127, 127, torch.int8)
+            dtype = self.scales.dtype  # float16 where the network was narrowed; coremltools 9.0 takes no out_dtype
+            kind = {} if dtype is torch.float32 else {"out_dtype": dtype}
+            weight = ops.dequantize_per_channel(self.weight, self.scales, self.zeros, 0, -127, 127, torch.int8, **kind)
             return nn.functional.linear(x, weight, self.bias)
+
+    return with_linears(network, quantisation, Linear)
+
+
+def with_linears(network: nn.Module, quantisation: Quantisation, made: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    """A copy of `network` in eval mode with what is `made` of every Linear in `quantisation` in its place."""
+    from torch import nn
 
     twin = copy.deepcopy(network)
     for path in quantisation.ranges:
         linear = twin.get_submodule(path)
         assert isinstance(linear, nn.Linear)
-        twin.set_submodule(path, Linear(linear))
+        twin.set_submodule(path, made(linear))
     return twin.eval()

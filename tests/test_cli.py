@@ -19,8 +19,10 @@ from deployments import ENVIRONMENT, ISOLATED, Run, castling
 from edits import manifest_of, reseal, with_golden
 from networks import SMALL_DEIT, dense, small
 
+from castling_deploy.errors import UsageError
 from castling_deploy.models.attention import LinearAngularAttention
 from castling_deploy.models.deit import CastlingDeiT
+from castling_deploy.target import Precision, precision_for, target_named
 
 Files = Callable[[str], Path]
 
@@ -72,11 +74,6 @@ USAGE = {
         ["export", "--target", "onnx", "--precision", "fp61"],
         "unknown precision 'fp61'",
         "'fp16'",
-    ),
-    "a precision that a target lacks": (
-        ["export", "--target", "coreai", "--precision", "int8"],
-        "'coreai' cannot be built in int8",
-        "fp16",
     ),
     "an option that a target lacks": (
         ["export", "--target", "coreml", "--opset", "20"],
@@ -191,6 +188,14 @@ def without_torch(*arguments: str) -> Run:
     code = "import sys\nsys.modules['torch'] = None\nfrom castling_deploy.cli import main\nmain()"
     process = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
     return Run(process.returncode, process.stdout, process.stderr)
+
+
+def test_a_precision_that_a_target_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = target_named("coreai")
+    monkeypatch.setattr(type(target), "precisions", (Precision.FP16, Precision.FP32))
+    with pytest.raises(UsageError, match="'coreai' cannot be built in int8") as refused:
+        precision_for(target, "int8")
+    assert "fp16, fp32" in str(refused.value.hint)
 
 
 def test_errors_are_one_json_document_too() -> None:

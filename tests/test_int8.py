@@ -51,14 +51,18 @@ def transformer() -> tuple[nn.Module, object]:
     return identify(read(bundled.checkpoint_path(TRANSFORMER)))
 
 
-@pytest.mark.parametrize("target", ["onnx", "tensorrt", "executorch", "coreml"])
+# Core AI's interpreter takes a minute for float16.
+@pytest.mark.parametrize(
+    "target", ["onnx", "tensorrt", "executorch", "coreml", pytest.param("coreai", marks=pytest.mark.slow)]
+)
 def test_artefact_computes_what_the_network_in_8_bits_computes(target: str) -> None:
     parity = json.loads((exported(CLASSIFIER, target, "int8").path / "parity.json").read_text())
     assert parity["verdict"] == "pass" and parity["power"] > 0.95
     rungs = {rung["name"]: rung for rung in parity["rungs"]}
     assert list(rungs) == ["cast", "fold", "quantised", "lowered", "exported"]
     assert rungs["quantised"]["verdict"] == "pass" and rungs["exported"]["rel"] < rungs["exported"]["limit"]
-    assert parity["accuracy"]["artifact"] >= parity["accuracy"]["reference"] - 0.5
+    score = parity["accuracy"]["artifact"]  # a slow witness sees too few images to be scored
+    assert target == "coreai" if score is None else score >= parity["accuracy"]["reference"] - 0.5
     assert parity["int8"]["labelled"] and parity["int8"]["drop"] <= 0.5 and not parity["int8"]["kept_in_float"]
 
 

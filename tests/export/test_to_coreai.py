@@ -21,12 +21,15 @@ from networks import BASELINES, SMALL, SMALL_DEIT, conditioned, small
 from torch import nn
 
 from castling_deploy.castle import castle
+from castling_deploy.eight_bits import Activations, Quantisation, weight_levels
 from castling_deploy.errors import ExportError, ShapeError
-from castling_deploy.export import to_coreai
+from castling_deploy.export import to_coreai, torch_int8
 from castling_deploy.export.coreai_asset import read_asset
 from castling_deploy.export.coreai_program import Wide, converted, exported_program, numbered, wide_in
+from castling_deploy.export.scopes import inside
 from castling_deploy.export.to_coreai import CoreAIOptions, CoreAITarget, check
 from castling_deploy.fold import fold
+from castling_deploy.int8.quantised import quantised
 from castling_deploy.models.deit import CastlingDeiT
 from castling_deploy.target import Artifact, Network, Precision, Witness, WitnessKind
 
@@ -218,6 +221,63 @@ def test_reductions_alone_can_be_float32(tmp_path: Path) -> None:
     assert found["2",] < LIMITS[Precision.FP16] < 10 * LIMITS[Precision.FP16] < found[()]
 
 
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Every Linear in 8 bits, those of an island too."""
+    network, folder = network_named("deit"), tmp_path_factory.mktemp("int8")
+    paths = [path for path, module in network.module.named_modules() if isinstance(module, nn.Linear)]
+    levels = Quantisation(dict.fromkeys(paths, (0.0, 0.0)), Activations.FLOAT)
+    network = replace(network, quantisation=levels, islands=(ISLAND,))
+    return Exported(network, Precision.INT8, folder, TARGET.export(network, Precision.INT8, CoreAIOptions(), folder))
+
+
+def test_int8_weights_are_those_of_pytorch_and_smaller(int8: Exported, half: Exported) -> None:
+    assert int8.network.quantisation is not None
+    held = list(read_asset(int8.path).constants.values())
+    for path in int8.network.quantisation.ranges:
+        levels, scales = weight_levels(int8.network.module.get_submodule(path).weight.detach().numpy())  # type: ignore[operator, union-attr]
+        stored = scales.astype(np.float32 if inside(path, [ISLAND]) else np.float16)[:, None]
+        for wanted in (levels, stored):
+            assert any(one.dtype == wanted.dtype and np.array_equal(one, wanted) for one in held), path
+    sizes = [(each.path / "main.mlirb").stat().st_size for each in (int8, half)]
+    assert sizes[0] < 0.8 * sizes[1]
+
+
+def test_core_ai_computes_what_the_network_in_8_bits_computes(int8: Exported) -> None:
+    assert int8.network.quantisation is not None
+    network = replace(int8.network, module=quantised(int8.network.module, int8.network.quantisation))
+    assert differs(network, int8.folder, BATCH) < LIMITS[Precision.FP16]
+
+
+def test_attestation_counts_int8_weights(int8: Exported) -> None:
+    assert int8.network.quantisation is not None
+    found = TARGET.attest(int8.folder, int8.artifact, Precision.INT8)
+    assert found.products["int8"] == len(int8.network.quantisation.ranges) and not found.problems
+    elements = sum(int8.network.module.get_submodule(path).weight.numel() for path in int8.network.quantisation.ranges)  # type: ignore[operator, union-attr]
+    assert elements <= found.weight_bytes["int8"] < 1.2 * elements  # and the zero points
+    assert TARGET.attest(int8.folder, int8.artifact, Precision.FP32).problems
+
+
+def test_weights_that_stayed_in_float_are_refused(int8: Exported, half: Exported) -> None:
+    with pytest.raises(ExportError, match="were to have int8 weights"):
+        check(read_asset(half.path), replace(int8.network, islands=()), Precision.INT8, Wide())
+    with pytest.raises(ExportError, match="0 Linears were to have int8 weights"):
+        wide = wide_in(exported_program(int8.network, Precision.INT8), int8.network.islands)
+        check(read_asset(int8.path), replace(int8.network, quantisation=None), Precision.INT8, wide)
+
+
+def test_a_stale_scale_is_seen(int8: Exported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def stale(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        levels, scales = weight_levels(weight)
+        return levels, 1.1 * scales
+
+    monkeypatch.setattr(torch_int8, "weight_levels", stale)
+    TARGET.export(int8.network, Precision.INT8, CoreAIOptions(), tmp_path)
+    assert int8.network.quantisation is not None
+    network = replace(int8.network, module=quantised(int8.network.module, int8.network.quantisation))
+    assert differs(network, tmp_path, BATCH) > LIMITS[Precision.FP16]
+
+
 def test_inputs_and_outputs_have_the_names_and_types_of_the_network(half: Exported) -> None:
     contents = read_asset(half.path)
     assert contents.inputs == (("image", "tensor<2x3x32x32xf32>"),)
@@ -366,7 +426,7 @@ def test_witness_is_the_runtime() -> None:
         assert TARGET.witness() == Witness(
             "coreai-core 1.0.0b3 (CPU interpreter, Linux)", WitnessKind.RUNTIME, interpreted=True
         )
-        assert TARGET.images == {Precision.FP16: 12}
+        assert TARGET.images == {Precision.FP16: 12, Precision.INT8: 12}
 
 
 def test_other_versions_other_machines_and_none_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
