@@ -3,8 +3,9 @@
 A toolchain or a runtime that crashes, hangs or eats the memory ends its process, and the caller gets a CrashError that
 names what happened. It also makes Ctrl-C safe: the caller waits in Python, and kills the worker with all it started.
 
-A worker is a fresh interpreter, not a fork (OpenMP's threads do not survive one) and not multiprocessing's spawn (which
-runs the user's script again). Large arrays travel through a file that both sides map, not through the pipe.
+A worker is never a fork of its caller (OpenMP's threads do not survive one) nor multiprocessing's spawn (which runs the
+user's script again): it is forked from a process that has only loaded torch (`forking.py`), or is a fresh interpreter.
+Large arrays travel through a file that both sides map, not through the pipe.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from castling_deploy.errors import CastlingError, CrashError
+from castling_deploy.forking import Forked, forked, ready, searched
 from castling_deploy.progress import Advance
 from castling_deploy.quiet import tail
 from castling_deploy.scratch import Scratch
@@ -63,7 +65,7 @@ class Worker:
     def __init__(self, limits: Limits | None = None) -> None:
         self._limits = limits or Limits()
         self._scratch = Scratch()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | Forked | None = None
         self._interrupted = False
         self._in_process = bool(os.environ.get(IN_PROCESS))
         if not self._in_process:
@@ -72,14 +74,15 @@ class Worker:
     def _start(self) -> None:
         self._log = open(self._scratch.path / "log", "w+b")  # noqa: SIM115  # closed in _stop
         ours, theirs = Pipe()
-        path = [entry for entry in sys.path if entry]
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", START.format(path=path, descriptor=theirs.fileno())],
+        environment = {**os.environ, "TMPDIR": str(self._scratch.path)}  # it is killed, and removes nothing by itself
+        self._process = forked(theirs.fileno(), self._log.fileno(), self._scratch.path, environment)
+        self._process = self._process or subprocess.Popen(
+            [sys.executable, "-c", START.format(path=searched(), descriptor=theirs.fileno())],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
             pass_fds=(theirs.fileno(),),
-            env={**os.environ, "TMPDIR": str(self._scratch.path)},  # it is killed, and removes nothing by itself
+            env=environment,
             start_new_session=True,  # so that Ctrl-C reaches the caller alone, and a kill reaches all it started
         )
         theirs.close()
@@ -170,6 +173,12 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def prepare() -> None:
+    """Have ready what workers start from, for a caller that has something else to do before it needs the first."""
+    if not os.environ.get(IN_PROCESS):
+        ready()
 
 
 class Workers:

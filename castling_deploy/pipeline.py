@@ -14,7 +14,7 @@ from castling_deploy import bundled, checkpoint
 from castling_deploy.errors import UsageError
 from castling_deploy.folder import refuse_if_taken
 from castling_deploy.identify import ModelCard, identify
-from castling_deploy.isolation import Workers
+from castling_deploy.isolation import Workers, prepare
 from castling_deploy.ladder import Ladder, climb
 from castling_deploy.making import Result, folder_of, made
 from castling_deploy.probes import probes_for
@@ -62,6 +62,7 @@ def deploy_network(
     for step in steps:
         refuse_for_task(step.target, step.options, card.task)
         refuse_if_taken(folder_of(request, card, step), overwrite=request.overwrite)
+    prepare()
     with progress.stage("castle, fold, and run the reference") as advance:
         probes = probes_for(card.preprocessing, card.samples, request.seed).affordable(card.output_values)
         task = task_named(card.task)

@@ -135,6 +135,9 @@ def export(
     steps = plan(request)
     if dry_run:
         return _dry_run(request, steps, as_json)
+    from castling_deploy.isolation import prepare
+
+    prepare()  # before torch is loaded here: 2 s
     from castling_deploy.console import print_deployment
     from castling_deploy.pipeline import deploy
     from castling_deploy.terminal import StderrProgress
