@@ -112,6 +112,7 @@ def int8_document(lowered: Lowered) -> dict[str, Any]:
     """What computes in 8 bits and in which range, what stays in float, and what that costs."""
     return {
         "activations": lowered.quantisation.activations,
+        "palette": lowered.quantisation.palette,
         "drop": lowered.drop,
         "max_drop": lowered.max_drop,
         "labelled": lowered.labelled,

@@ -47,13 +47,15 @@ class Activations(StrEnum):
 class Quantisation:
     """Which Linears and convolutions compute in 8 bits, by their paths, and the range (lo, hi) of what each is given.
 
-    Weights are int8 with one scale per output channel. A Linear returns floats; a convolution returns 8 bits in its
-    range of `results`, since ONNX Runtime has no other. Everything else stays in float.
+    Weights are int8 with one scale per output channel, or with a `palette`, for Linears alone, in a look-up table by an
+    index of that many bits. A Linear returns floats; a convolution returns 8 bits in its range of `results`, since ONNX
+    Runtime has no other. Everything else stays in float.
     """
 
     ranges: Mapping[str, tuple[float, float]]
     activations: Activations
     results: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    palette: int | None = None
 
     def scale(self, path: str) -> tuple[float, int, int, int]:
         """Scale, zero point, lowest and highest level of what the module `path` is given."""

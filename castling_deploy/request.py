@@ -15,6 +15,7 @@ from castling_deploy.target import (
     activations_of,
     computes_in_half,
     options_for,
+    palette_of,
     precision_for,
     target_named,
 )
@@ -80,6 +81,8 @@ def plan(request: Request) -> tuple[Step, ...]:
         step.target.refuse(step.options, request.batch_size)
         if step.precision is Precision.INT8 and (request.batch_size != 1 or getattr(step.options, "dynamic", False)):
             raise UsageError("int8 is built for a batch of one", hint="leave out --batch-size and --dynamic")
+        if step.precision is not Precision.INT8 and palette_of(step.options):
+            raise UsageError("palettised weights are for int8", hint="leave out --palettise, or add --precision int8")
         if step.precision is not Precision.INT8 and request.int8 != Int8():
             raise UsageError(
                 f"target '{step.target.name}' in {step.precision} has nothing to calibrate",

@@ -264,6 +264,12 @@ def activations_of(target: Target) -> Activations:
     return Activations(getattr(target, "activations", Activations.UINT8))
 
 
+def palette_of(options: Any) -> int | None:
+    """How many bits an index into a look-up table of weights has, where a target's options ask for tables."""
+    palette: int | None = getattr(options, "palettise", None)
+    return palette
+
+
 def computes_in_half(precision: Precision, activations: Activations) -> bool:
     """Whether an artefact computes in float16: for 8 bits with these activations too."""
     return precision is Precision.FP16 or (precision is Precision.INT8 and activations is Activations.FLOAT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError
+from castling_deploy.export.coreml_palette import in_palettes
 from castling_deploy.export.scopes import REDUCTIONS, inside, kind, module_stack
 from castling_deploy.export.torch_int8 import in_8_bits
 from castling_deploy.target import Network, Precision
@@ -43,7 +44,8 @@ def interface(network: Network, *, pixels: bool, scores: bool) -> nn.Module:
             super().__init__()
             self.network = network.module
             if network.quantisation is not None:
-                self.network = in_8_bits(network.module, network.quantisation)
+                narrowed = in_8_bits if network.quantisation.palette is None else in_palettes
+                self.network = narrowed(network.module, network.quantisation)
             mean, std = (
                 255 * torch.tensor(values, dtype=torch.float64).reshape(1, -1, 1, 1)
                 for values in (network.preprocessing.mean, network.preprocessing.std)

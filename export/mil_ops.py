@@ -274,6 +274,12 @@ def _products(sums: Sums) -> Table:
         shape[int(axis)] = -1
         return (quantized_data.float() - zero_point.reshape(shape)) * scale.reshape(shape)
 
+    def constexpr_lut_to_dense(indices: Tensor, lut: Tensor, shape: Tensor) -> Tensor:
+        bits, sizes = len(lut).bit_length() - 1, ints(shape)
+        packed = indices.long()[:, None] >> torch.arange(8) & 1  # the lowest bit first
+        found = packed.flatten()[: math.prod(sizes) * bits].reshape(-1, bits)
+        return lut[(found << torch.arange(bits)).sum(1)].reshape(sizes)
+
     def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         scores = sums.matmul(query, key.mT) / math.sqrt(query.shape[-1])
         if attn_mask is not None:
@@ -328,6 +334,7 @@ def _products(sums: Sums) -> Table:
 
     return {
         "constexpr_affine_dequantize": constexpr_affine_dequantize,
+        "constexpr_lut_to_dense": constexpr_lut_to_dense,
         "conv": conv,
         "conv_transpose": conv_transpose,
         "linear": linear,

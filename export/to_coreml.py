@@ -25,6 +25,7 @@ from castling_deploy.export.mil_evaluator import load_program
 from castling_deploy.export.mil_package import Package, read_package
 from castling_deploy.export.neural_engine import note, unfit
 from castling_deploy.facts import stating
+from castling_deploy.palette import BITS
 from castling_deploy.target import (
     Artifact,
     Attestation,
@@ -47,7 +48,7 @@ INPUTS = ("tensor", "image")
 LABEL, PROBABILITIES, SCORES = "label", "probabilities", "scores"
 
 DTYPES = {Precision.FP16: "FLOAT16", Precision.FP32: "FLOAT32", Precision.INT8: "FLOAT16"}  # computed in, MIL's names
-DEQUANTISE = "constexpr_affine_dequantize"
+DEQUANTISE, LOOK_UP = "constexpr_affine_dequantize", "constexpr_lut_to_dense"
 PRODUCTS = frozenset({"conv", "conv_transpose", "einsum", "linear", "matmul"})
 BORDER = frozenset({"cast", "classify"})  # may touch float32 in a float16 program
 
@@ -106,14 +107,20 @@ PYTHON_LABEL = 'label, probabilities = output["label"], output["probabilities"] 
 class CoreMLOptions:
     """`input` "tensor" takes normalised float32 (B, C, H, W), "image" raw pixels, which the model normalises itself.
 
+    `palettise` is for int8: weights in a look-up table for each, by an index of so many bits, instead of in levels.
     Raises UsageError for anything else.
     """
 
     input: Literal["tensor", "image"] = field(default="tensor", metadata={"whole": "interface"})
+    palettise: int | None = None
 
     def __post_init__(self) -> None:
         if self.input not in INPUTS:
             raise UsageError(f"unknown input '{self.input}'", hint=f"use one of: {', '.join(INPUTS)}")
+        if self.palettise not in (None, *BITS):
+            raise UsageError(
+                f"no look-up table by {self.palettise} bits", hint=f"use one of: {', '.join(map(str, BITS))}"
+            )
 
 
 class CoreMLTarget:
@@ -194,6 +201,9 @@ class CoreMLTarget:
         in_8_bits = len(network.quantisation.ranges) if network.quantisation else 0
         if product_types(package)["int8"] != in_8_bits:
             raise ExportError(f"{in_8_bits} Linears were to have int8 weights, and not all have: report this network")
+        palette = network.quantisation.palette if network.quantisation else None
+        if look_up_tables(package) != ({str(palette): in_8_bits} if palette else {}):
+            raise ExportError(f"every weight was to have a look-up table by {palette} bits: report this network")
         return replace(artifact, details=facts(package, network, classes))
 
     def attest(self, folder: Path, artifact: Artifact, precision: Precision) -> Attestation:
@@ -241,17 +251,25 @@ class CoreMLTarget:
 
 
 def product_types(package: Package) -> Counter[str]:
-    """How many products there are by the dtype that they compute in, or "int8" where their weights are."""
+    """How many products there are by the dtype that they compute in, or "int8" where their weights are, or are looked
+    up by as many bits or fewer."""
     narrow = {
         operation.outputs[0].name
         for operation in package.operations
-        if operation.type == DEQUANTISE and package.dtype(operation.inputs["quantized_data"][0]) == "INT8"
+        if operation.type == LOOK_UP
+        or (operation.type == DEQUANTISE and package.dtype(operation.inputs["quantized_data"][0]) == "INT8")
     }
     return Counter(
         "int8" if not narrow.isdisjoint(operation.inputs.get("weight", ())) else operation.outputs[0].dtype.lower()
         for operation in package.operations
         if operation.type in PRODUCTS
     )
+
+
+def look_up_tables(package: Package) -> dict[str, int]:
+    """How many weights are in look-up tables, by the bits of an index."""
+    tables = (package.constants[one.inputs["lut"][0]] for one in package.operations if one.type == LOOK_UP)
+    return dict(Counter(str(len(table).bit_length() - 1) for table in tables))
 
 
 def check_network(network: Network, options: CoreMLOptions) -> None:
@@ -388,6 +406,7 @@ def contained(package: Package) -> dict[str, Any]:
         "specification_version": package.specification_version,
         "subnormal_weights": round(small / total, 6) if total else None,
         "operations": dict(sorted(Counter(operation.type for operation in package.operations).items())),
+        "look_up_tables": look_up_tables(package),
         "unfit_for_the_neural_engine": unsuited,
         "notes": note(unsuited, len(package.operations)),
     }

@@ -9,6 +9,7 @@ for it. Core ML and Core AI keep int8 weights beside their scales, and compute i
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -53,9 +54,16 @@ def in_8_bits(network: nn.Module, quantisation: Quantisation) -> nn.Module:
             weight = ops.dequantize_per_channel(self.weight, self.scales, self.zeros, 0, -127, 127, torch.int8, **kind)
             return nn.functional.linear(x, weight, self.bias)
 
+    return with_linears(network, quantisation, Linear)
+
+
+def with_linears(network: nn.Module, quantisation: Quantisation, made: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    """A copy of `network` in eval mode with what is `made` of every Linear in `quantisation` in its place."""
+    from torch import nn
+
     twin = copy.deepcopy(network)
     for path in quantisation.ranges:
         linear = twin.get_submodule(path)
         assert isinstance(linear, nn.Linear)
-        twin.set_submodule(path, Linear(linear))
+        twin.set_submodule(path, made(linear))
     return twin.eval()

@@ -37,6 +37,7 @@ EXPORT_MAY = {
     "eight_bits",
     "errors",
     "facts",
+    "palette",
     "plain",
     "suggest",
     "target",

@@ -39,6 +39,7 @@ ALL = "all"
 @click.option(
     "--min-delegated", type=float, metavar="PERCENT", help="Of the operations, inside XNNPACK; ExecuTorch only."
 )
+@click.option("--palettise", type=int, metavar="BITS", help="Weights in look-up tables, in int8; Core ML only.")
 @click.option("--calib-data", type=click.Path(path_type=Path), help="Folder or .npz of images to calibrate int8 on.")
 @click.option("--calib-samples", type=click.IntRange(1), help="How many of them. Default: 64.")
 @click.option("--max-drop", type=click.FloatRange(0), help="Points of the score that int8 may cost. Default: 0.5.")
@@ -78,6 +79,7 @@ def export(
     nms: bool,
     content: str | None,
     min_delegated: float | None,
+    palettise: int | None,
     calib_data: Path | None,
     calib_samples: int | None,
     max_drop: float | None,
@@ -102,6 +104,7 @@ def export(
         "nms": nms or None,
         "input": content,
         "min_delegated": min_delegated,
+        "palettise": palettise,
     }
     request = Request(
         targets=_names(targets),

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from castling_deploy.eight_bits import Activations, Quantisation, weight_levels
+from castling_deploy.palette import palettised
 
 
 class QuantisedLinear(nn.Module):
@@ -23,6 +24,8 @@ class QuantisedLinear(nn.Module):
         if self.activations.calibrated:
             self.levels = quantisation.scale(path)
         self.weight, self.bias = in_levels(linear, self.levels[0] if self.levels else None)
+        if quantisation.palette is not None:
+            self.weight = in_palette(linear, quantisation.palette)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.levels is not None:
@@ -60,6 +63,12 @@ def in_levels(module: nn.Linear | nn.Conv2d, given_scale: float | None) -> tuple
         steps = scales * given_scale  # (C_out,)
         bias = (bias / steps).round() * steps
     return nn.Buffer((levels * scales[:, None]).view_as(weight)), None if bias is None else nn.Buffer(bias)
+
+
+def in_palette(linear: nn.Linear, bits: int) -> nn.Buffer:
+    """A weight as its look-up table holds it."""
+    indices, table = map(torch.from_numpy, palettised(linear.weight.detach().numpy(), bits))
+    return nn.Buffer(table.float()[indices.long()])
 
 
 def rounded(

@@ -26,15 +26,20 @@ RANKED_ON = 16  # real images
 
 
 def in_8_bits(
-    ladder: Ladder, asked: Int8, activations: Activations, advance: Callable[[float], None] = lambda share: None
+    ladder: Ladder,
+    asked: Int8,
+    activations: Activations,
+    advance: Callable[[float], None] = lambda share: None,
+    palette: int | None = None,
 ) -> Ladder:
     """The ladder of an int8 artefact: as many modules in 8 bits as the budget allows, the most sensitive ones in float.
 
+    With a `palette`, weights are in look-up tables by an index of that many bits.
     Raises ExportError where not one of them fits the budget, UsageError for images that are none.
     """
     probes = ladder.probes
     images = calibration_images(asked.data, asked.samples, probes.preprocessing, probes.images[: probes.real])
-    found = calibrated(ladder.folded, images, activations)
+    found = replace(calibrated(ladder.folded, images, activations), palette=palette)
     advance(0.2)
     chosen = lowered(ladder, found, asked.max_drop)
     if chosen.rung.verdict is not Verdict.PASS:
@@ -54,7 +59,7 @@ def in_saved_8_bits(ladder: Ladder, document: Mapping[str, Any]) -> Ladder:
     ranges, results = (
         {path: (low, high) for path, (low, high) in document[name].items()} for name in ("ranges", "results")
     )
-    quantisation = Quantisation(ranges, Activations(document["activations"]), results)
+    quantisation = Quantisation(ranges, Activations(document["activations"]), results, document.get("palette"))
     kept, ranking = tuple(document["kept_in_float"]), tuple(document["ranking"].items())
     return ladder.with_8_bits(lowered(ladder, quantisation, document["max_drop"], kept, ranking))
 

@@ -306,6 +306,9 @@ def test_operations_compute_what_torch_computes(group: str, tmp_path: Path) -> N
 LEVELS = np.random.default_rng(0).integers(-127, 128, PLANE).astype(np.int8)
 ZEROS, SCALES = np.arange(PLANE[2]).astype(np.int8), 0.01 * np.arange(1, PLANE[2] + 1).astype(np.float32)
 
+TABLE, PLACES = np.linspace(-1, 2, 64, dtype=np.float32), [5, 63, 2, 17, 40, 1]
+BYTES = sum(place << (6 * index) for index, place in enumerate(PLACES)).to_bytes(5, "little")
+
 
 def unwritten(x0: Any, x1: Any) -> list[Any]:
     """Operations that coremltools never writes for torch."""
@@ -337,6 +340,12 @@ def unwritten(x0: Any, x1: Any) -> list[Any]:
             x=x,
             y=mb.constexpr_affine_dequantize(quantized_data=LEVELS, zero_point=ZEROS, scale=SCALES, axis=np.int32(2)),
         ),
+        mb.add(
+            x=x,
+            y=mb.constexpr_lut_to_dense(
+                indices=np.frombuffer(BYTES, np.uint8), lut=TABLE, shape=np.array([1, 6], np.uint32)
+            ),
+        ),
     ]
 
 
@@ -365,13 +374,14 @@ def documented(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
         F.gelu(x, approximate="tanh"),
         x * torch.sigmoid(1.702 * x),
         x + torch.from_numpy((LEVELS.astype(np.float32) - ZEROS[:, None]) * SCALES[:, None]),
+        x + torch.from_numpy(TABLE[PLACES]),
     ]
 
 
 UNWRITTEN = (
     "clamped_relu linear_activation scaled_tanh softsign square mod inverse l2_norm reduce_l1_norm gelu "
     "reduce_log_sum reduce_prod reduce_sum_square flatten2d expand_dims slice_by_index slice_by_size concat "
-    "identity resize_nearest_neighbor constexpr_affine_dequantize"
+    "identity resize_nearest_neighbor constexpr_affine_dequantize constexpr_lut_to_dense"
 )
 
 
