@@ -38,6 +38,7 @@ EXPORT_MAY = {
     "errors",
     "facts",
     "fold",
+    "palette",
     "plain",
     "suggest",
     "target",
