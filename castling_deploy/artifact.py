@@ -20,7 +20,6 @@ from castling_deploy.errors import UsageError
 from castling_deploy.facts import network_facts
 from castling_deploy.folder import MANIFEST, files_in, sha256
 from castling_deploy.identify import ModelCard
-from castling_deploy.inspection import parameters
 from castling_deploy.ladder import Ladder
 from castling_deploy.latency import LatencyReport
 from castling_deploy.models.family import family_named
@@ -32,6 +31,7 @@ from castling_deploy.readme import readme
 from castling_deploy.selftests.facts import GoldenOutput, facts_of, golden_document, golden_output
 from castling_deploy.selftests.texts import texts
 from castling_deploy.target import Artifact, Missing, Network, Precision, Target, TensorSpec
+from castling_deploy.work import parameters
 
 SEAL = "manifest_sha256"  # the manifest's key for the hash of all its others
 GOLDEN_IMAGES = 8  # real ones

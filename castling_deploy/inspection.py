@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from castling_deploy.castle import LayerCast, castle, measure_cast
 from castling_deploy.catalogue import Work
@@ -19,6 +17,7 @@ from castling_deploy.fold import FoldStep, fold
 from castling_deploy.identify import ModelCard, identify
 from castling_deploy.ladder import EVIDENCE_IMAGES
 from castling_deploy.probes import probes_for
+from castling_deploy.work import work_of
 
 
 @dataclass(frozen=True)
@@ -58,17 +57,3 @@ def inspect_checkpoint(
         tuple(dead),
         dict(Counter(step.rule for step in steps)),
     )
-
-
-def parameters(network: nn.Module) -> int:
-    """Number of weights; what folding made a constant is none."""
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
-@torch.no_grad()
-def work_of(network: nn.Module, shape: tuple[int, ...]) -> Work:
-    """Weights and multiply-accumulates for an input of this shape, on the device where the weights are."""
-    device = next(network.parameters()).device
-    with FlopCounterMode(display=False) as counter:
-        network(torch.zeros(shape, device=device))
-    return Work(parameters(network), counter.get_total_flops() // 2)

@@ -8,7 +8,6 @@ from typing import Any
 from castling_deploy import documents
 from castling_deploy.errors import InconclusiveError, ParityError, TargetUnavailableError
 from castling_deploy.folder import files_in, size_bytes
-from castling_deploy.inspection import parameters
 from castling_deploy.making import Result
 from castling_deploy.parity import Verdict
 from castling_deploy.pipeline import Deployment
@@ -16,6 +15,7 @@ from castling_deploy.plain import SCHEMA, plain
 from castling_deploy.rechecking.checks import Examined
 from castling_deploy.rechecking.comparison import Comparison, Side
 from castling_deploy.undecided import why_undecided
+from castling_deploy.work import parameters
 
 
 def deployment_document(deployment: Deployment) -> dict[str, Any]:
