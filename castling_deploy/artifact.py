@@ -31,7 +31,6 @@ from castling_deploy.readme import readme
 from castling_deploy.selftests.facts import GoldenOutput, facts_of, golden_document, golden_output
 from castling_deploy.selftests.texts import texts
 from castling_deploy.target import Artifact, Missing, Network, Precision, Target, TensorSpec
-from castling_deploy.work import parameters
 
 SEAL = "manifest_sha256"  # the manifest's key for the hash of all its others
 GOLDEN_IMAGES = 8  # real ones
@@ -110,7 +109,7 @@ def describe(
         sealed(
             {
                 "schema": SCHEMA,
-                "model": documents.model_document(card, parameters(ladder.castled)),
+                "model": documents.model_document(card, ladder.parameters),
                 "checkpoint": documents.checkpoint_document(card),
                 "target": target.name,
                 "precision": precision,

@@ -15,7 +15,7 @@ from castling_deploy.catalogue import Work
 from castling_deploy.checkpoint import read
 from castling_deploy.fold import FoldStep, fold
 from castling_deploy.identify import ModelCard, identify
-from castling_deploy.ladder import EVIDENCE_IMAGES
+from castling_deploy.ladder import BATCH, within_work
 from castling_deploy.probes import probes_for
 from castling_deploy.work import work_of
 
@@ -44,8 +44,8 @@ def inspect_checkpoint(
     castled = castle(network)
     steps: list[FoldStep] = []
     folded = fold(castled, steps.append)
-    probes = probes_for(card.preprocessing, card.samples)
-    layers = measure_cast(network, torch.from_numpy(probes.tensors[:EVIDENCE_IMAGES]))
+    probes = within_work(network, probes_for(card.preprocessing, card.samples))
+    layers = measure_cast(network, torch.from_numpy(probes.tensors[: min(BATCH, probes.real)]))
     dead = sorted({name for name, _ in network.named_parameters()} - {name for name, _ in castled.named_parameters()})
     shape = (1, card.config.channels, *card.config.image_size)
     return Inspection(

@@ -15,7 +15,6 @@ from castling_deploy.plain import SCHEMA, plain
 from castling_deploy.rechecking.checks import Examined
 from castling_deploy.rechecking.comparison import Comparison, Side
 from castling_deploy.undecided import why_undecided
-from castling_deploy.work import parameters
 
 
 def deployment_document(deployment: Deployment) -> dict[str, Any]:
@@ -24,7 +23,7 @@ def deployment_document(deployment: Deployment) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "checkpoint": documents.checkpoint_document(card),
-        "model": documents.model_document(card, parameters(ladder.castled)),
+        "model": documents.model_document(card, ladder.parameters),
         "cast": documents.cast_document(ladder),
         "fold": documents.fold_document(ladder),
         "artifacts": [artifact_document(result, deployment) for result in deployment.results],
