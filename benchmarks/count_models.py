@@ -15,9 +15,9 @@ from recipe import ROOT
 from castling_deploy import catalogue
 from castling_deploy.castle import castle
 from castling_deploy.catalogue import Entry
-from castling_deploy.inspection import work_of
 from castling_deploy.models.family import ModelFamily, families
 from castling_deploy.plain import plain
+from castling_deploy.work import work_of
 
 
 def counted(family: ModelFamily, name: str) -> Entry:

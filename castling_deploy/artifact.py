@@ -20,7 +20,6 @@ from castling_deploy.errors import UsageError
 from castling_deploy.facts import network_facts
 from castling_deploy.folder import MANIFEST, files_in, sha256
 from castling_deploy.identify import ModelCard
-from castling_deploy.inspection import parameters
 from castling_deploy.ladder import Ladder
 from castling_deploy.latency import LatencyReport
 from castling_deploy.models.family import family_named
@@ -110,7 +109,7 @@ def describe(
         sealed(
             {
                 "schema": SCHEMA,
-                "model": documents.model_document(card, parameters(ladder.castled)),
+                "model": documents.model_document(card, ladder.parameters),
                 "checkpoint": documents.checkpoint_document(card),
                 "target": target.name,
                 "precision": precision,

@@ -6,6 +6,8 @@ never silent: `measure_cast` records what is lost, layer by layer, on real input
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -66,24 +68,32 @@ def castle(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def measure_cast(model: nn.Module, images: torch.Tensor) -> tuple[LayerCast, ...]:
     """What the cast of every layer of `model` (training form, eval mode) would lose on images (B, C, H, W)."""
-    found: list[LayerCast] = []
+    with evidence_of(model) as layers:
+        model(images)
+    return tuple(layers.values())
+
+
+@contextmanager
+def evidence_of(model: nn.Module) -> Iterator[dict[str, LayerCast]]:
+    """What the cast of every layer loses on the first batch that `model` is called with inside, by path."""
+    found: dict[str, LayerCast] = {}
 
     def listener(path: str) -> torch.utils.hooks.RemovableHandle:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             assert isinstance(module, Castleable)
+            handles[path].remove()
             evidence = module.cast_evidence(inputs[0])
             if evidence is not None:
-                found.append(LayerCast(path, evidence))
+                found[path] = LayerCast(path, evidence)
 
         return model.get_submodule(path).register_forward_pre_hook(hook)
 
-    handles = [listener(path) for path, module in model.named_modules() if isinstance(module, Castleable)]
+    handles = {path: listener(path) for path, module in model.named_modules() if isinstance(module, Castleable)}
     try:
-        model(images)
+        yield found
     finally:
-        for handle in handles:
+        for handle in handles.values():
             handle.remove()
-    return tuple(found)
 
 
 make_callable(__name__)

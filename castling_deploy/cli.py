@@ -24,6 +24,7 @@ from castling_deploy.commands.preprocess import preprocess
 from castling_deploy.commands.setup import setup
 from castling_deploy.commands.verify import verify
 from castling_deploy.errors import CastlingError, UsageError
+from castling_deploy.memory import lacking
 from castling_deploy.plain import SCHEMA
 
 INTERRUPTED = 130
@@ -74,9 +75,12 @@ def run(command: click.Command, arguments: list[str], name: str) -> int:
         return _fail(arguments, message.rstrip("."), f"{asked} --help lists what can be said", UsageError.exit_code)
     except (KeyboardInterrupt, click.Abort):
         return _fail(arguments, "interrupted", "no unfinished artefact was left behind; run it again", INTERRUPTED)
-    except Exception as error:  # a bug of ours
+    except Exception as error:  # a bug of ours, or no memory
         if os.environ.get("CASTLING_TRACEBACK"):
             raise
+        told = lacking(error)
+        if told is not None:
+            return _fail(arguments, told.message, told.hint, told.exit_code)
         return _fail(
             arguments,
             f"internal failure: {type(error).__name__}: {error}",

@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from castling_deploy.castle import LayerCast, castle, measure_cast
 from castling_deploy.catalogue import Work
 from castling_deploy.checkpoint import read
 from castling_deploy.fold import FoldStep, fold
 from castling_deploy.identify import ModelCard, identify
-from castling_deploy.ladder import EVIDENCE_IMAGES
+from castling_deploy.ladder import BATCH, within_work
 from castling_deploy.probes import probes_for
 from castling_deploy.reading.card import Told
+from castling_deploy.work import work_of
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,8 @@ def inspect_checkpoint(
     castled = castle(network)
     steps: list[FoldStep] = []
     folded = fold(castled, steps.append)
-    probes = probes_for(card.preprocessing, card.samples)
-    layers = measure_cast(network, torch.from_numpy(probes.tensors[:EVIDENCE_IMAGES]))
+    probes = within_work(network, probes_for(card.preprocessing, card.samples))
+    layers = measure_cast(network, torch.from_numpy(probes.tensors[: min(BATCH, probes.real)]))
     dead = sorted({name for name, _ in network.named_parameters()} - {name for name, _ in castled.named_parameters()})
     shape = (1, card.config.channels, *card.config.image_size)
     return Inspection(
@@ -61,17 +60,3 @@ def inspect_checkpoint(
         tuple(dead),
         dict(Counter(step.rule for step in steps)),
     )
-
-
-def parameters(network: nn.Module) -> int:
-    """Number of weights; what folding made a constant is none."""
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
-@torch.no_grad()
-def work_of(network: nn.Module, shape: tuple[int, ...]) -> Work:
-    """Weights and multiply-accumulates for an input of this shape, on the device where the weights are."""
-    device = next(network.parameters()).device
-    with FlopCounterMode(display=False) as counter:
-        network(torch.zeros(shape, device=device))
-    return Work(parameters(network), counter.get_total_flops() // 2)

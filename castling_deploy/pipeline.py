@@ -17,6 +17,7 @@ from castling_deploy.identify import ModelCard, identify
 from castling_deploy.isolation import Workers, prepare
 from castling_deploy.ladder import Ladder, climb
 from castling_deploy.making import Result, folder_of, made
+from castling_deploy.memory import give_back
 from castling_deploy.probes import probes_for
 from castling_deploy.progress import Progress, Silent
 from castling_deploy.request import Request, plan
@@ -48,7 +49,9 @@ def deploy(request: Request, progress: Progress | None = None) -> Deployment:
             init_dconv=request.init_dconv,
             told=request.told,
         )
-    return deploy_network(request, network, card, progress)
+    ladder = _climbed(request, network, card, progress)
+    del network  # the ladder holds the folded one, which is all that is exported
+    return _made(request, card, ladder, progress)
 
 
 def deploy_network(
@@ -56,6 +59,11 @@ def deploy_network(
 ) -> Deployment:
     """`deploy` for a network that is loaded already, in training form and eval mode."""
     progress = progress or Silent()
+    return _made(request, card, _climbed(request, network, card, progress), progress)
+
+
+def _climbed(request: Request, network: nn.Module, card: ModelCard, progress: Progress) -> Ladder:
+    """The rungs of the ladder that all targets share."""
     steps = plan(request)
     if network.training:
         raise UsageError("the network is in training mode", hint="call network.eval() before export")
@@ -70,6 +78,13 @@ def deploy_network(
     if request.islands and any(step.in_half for step in steps):
         with progress.stage("audit the range of float16"):
             _ = ladder.range_audit  # once, before several ask for it at the same time
+    return ladder
+
+
+def _made(request: Request, card: ModelCard, ladder: Ladder, progress: Progress) -> Deployment:
+    """Everything that was asked for, made from the folded network."""
+    steps = plan(request)
+    give_back()
     workers = Workers()
     tasks = [partial(made, request, step, card, ladder, progress, workers.add) for step in steps]
     weights = sum(tensor.nbytes for tensor in ladder.folded.state_dict().values())

@@ -60,14 +60,17 @@ class Probes:
         )
 
     def rows(self, few: Probes) -> list[int]:
-        """Which of these inputs, in the order of `tensors`, those of `self.few(...)` are."""
-        structured = range(self.real, len(self.images))
+        """Which of these inputs, in the order of `tensors`, those of `self.few(...)` or `self.at_most(...)` are."""
+        structured = range(self.real, self.real + len(few.images) - few.real)
         return [*range(few.real), *structured, *(len(self.images) + extreme for extreme in range(few.extremes))]
 
     def affordable(self, values: int) -> Probes:
-        """As many of them as keep the outputs of a network, `values` numbers per image, below MEMORY bytes; LEAST real
-        images and one structured one in any case. A segmenter of 150 classes returns 157 MB for 512 x 512 pixels."""
-        count = MEMORY // (4 * values)
+        """As many of them as keep the outputs of a network, `values` numbers per image, below MEMORY bytes. A segmenter
+        of 150 classes returns 157 MB for 512 x 512 pixels."""
+        return self.at_most(MEMORY // (4 * values))
+
+    def at_most(self, count: int) -> Probes:
+        """`count` of them, half of them real; LEAST real images and one structured and one extreme in any case."""
         if count >= len(self.images) + self.extremes:
             return self
         few = self.few(max(LEAST, min(self.real, count // 2)))

@@ -8,7 +8,6 @@ from typing import Any
 from castling_deploy import documents
 from castling_deploy.errors import InconclusiveError, ParityError, TargetUnavailableError
 from castling_deploy.folder import files_in, size_bytes
-from castling_deploy.inspection import parameters
 from castling_deploy.making import Result
 from castling_deploy.parity import Verdict
 from castling_deploy.pipeline import Deployment
@@ -24,7 +23,7 @@ def deployment_document(deployment: Deployment) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "checkpoint": documents.checkpoint_document(card),
-        "model": documents.model_document(card, parameters(ladder.castled)),
+        "model": documents.model_document(card, ladder.parameters),
         "cast": documents.cast_document(ladder),
         "fold": documents.fold_document(ladder),
         "artifacts": [artifact_document(result, deployment) for result in deployment.results],

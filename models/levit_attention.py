@@ -19,6 +19,7 @@ from castling_deploy.fold import rows, scaled
 from castling_deploy.models.attention import (
     FoldedAttention,
     FoldedSoftmaxAttention,
+    Logits,
     attend,
     branch_evidence,
     cast_before_fold,
@@ -61,10 +62,11 @@ def fold_rule_of(attention: Attention | AttentionDownsample) -> str:
     return softmax if attention.dconv is None else "attention constants"
 
 
-def biased_logits(attention: Attention | AttentionDownsample, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """LeViT's logits, with a bias for every offset in the grid: (B, H, N', D), (B, H, N, D) -> (B, H, N', N)."""
-    assert attention.attention_biases is not None and attention.index is not None
-    return scaled_products(q, k) + attention.attention_biases[:, attention.index]
+def biased_logits(attention: Attention | AttentionDownsample, q: torch.Tensor, k: torch.Tensor) -> Logits:
+    """LeViT's logits, with a bias for every offset in the grid; q (B, H, N', D), k (B, H, N, D)."""
+    biases, index = attention.attention_biases, attention.index
+    assert biases is not None and index is not None
+    return lambda rows: scaled_products(q[:, :, rows], k) + biases[:, index[rows]]
 
 
 def folded_form(

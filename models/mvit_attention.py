@@ -20,6 +20,7 @@ from castling_deploy.fold import (
     scaled,
 )
 from castling_deploy.models.attention import (
+    Logits,
     attend,
     branch_evidence,
     cast_before_fold,
@@ -105,11 +106,13 @@ class PoolingAttention(nn.Module):
         """(B, H, N, D) -> (B, H, N', D)."""
         return as_tokens(pool(as_map(x.flatten(0, 1), self.place.grid))).unflatten(0, (-1, self.place.heads))
 
-    def logits(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        """Those of the softmax (B, H, N', N''), with the relative positions."""
-        logits = scaled_products(q, k)
+    def logits(self, q: torch.Tensor, k: torch.Tensor) -> Logits:
+        """Those of the softmax, with the relative positions; q (B, H, N', D), k (B, H, N'', D)."""
         positions = self.positions()
-        return logits if positions is None else logits + positional_logits(q, *positions)
+        if positions is None:
+            return lambda rows: scaled_products(q[:, :, rows], k)
+        down, across = along_axes(q, *positions)
+        return lambda rows: scaled_products(q[:, :, rows], k) + of_pairs(down[:, :, rows], across[:, :, rows])
 
     def positions(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Relative positions of every query and key along an axis: (h', h'', D) and (w', w'', D); None without."""
@@ -149,14 +152,18 @@ class PoolingAttention(nn.Module):
         return FoldedPoolingAttention(queries, keys, values, self.proj, scaled(self.dconv, 1 / factor), factor)
 
 
-def positional_logits(q: torch.Tensor, down: torch.Tensor, across: torch.Tensor) -> torch.Tensor:
-    """q . R_h + q . R_w (MViTv2, equation 4).
+def along_axes(q: torch.Tensor, down: torch.Tensor, across: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """q . R_h and q . R_w (MViTv2, equation 4), of every query and the keys along one axis.
 
-    Shape: q (B, H, h' * w', D), down (h', h, D), across (w', w, D) -> (B, H, h' * w', h * w).
+    Shape: q (B, H, h' * w', D), down (h', h, D), across (w', w, D) -> (B, H, h' * w', h) and (B, H, h' * w', w).
     """
     q = q.unflatten(2, (down.shape[0], across.shape[0]))  # (B, H, h', w', D)
-    vertical = (q @ down.transpose(1, 2)).flatten(2, 3)  # (B, H, h' * w', h)
-    horizontal = (q.transpose(2, 3) @ across.transpose(1, 2)).transpose(2, 3).flatten(2, 3)  # (B, H, h' * w', w)
+    vertical = (q @ down.transpose(1, 2)).flatten(2, 3)
+    return vertical, (q.transpose(2, 3) @ across.transpose(1, 2)).transpose(2, 3).flatten(2, 3)
+
+
+def of_pairs(vertical: torch.Tensor, horizontal: torch.Tensor) -> torch.Tensor:
+    """q . R_h + q . R_w of every query and every key: (B, H, n, h), (B, H, n, w) -> (B, H, n, h * w)."""
     return (vertical[..., :, None] + horizontal[..., None, :]).flatten(3)
 
 
@@ -248,7 +255,7 @@ class FoldedPoolingSoftmax(nn.Module):
         q = self.query(x).transpose(1, 2)  # (B, H, N', D)
         logits = q @ self.key(x).permute(0, 2, 3, 1)  # (B, H, N', N'')
         if self.down is not None and self.across is not None:
-            logits = logits + positional_logits(q, self.down, self.across)
+            logits = logits + of_pairs(*along_axes(q, self.down, self.across))
         return self.output(join_heads(logits.softmax(-1) @ self.value(x).transpose(1, 2) + q))
 
     def after(self, affine: Affine) -> FoldedPoolingSoftmax:

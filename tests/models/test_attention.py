@@ -12,12 +12,13 @@ from castling_deploy.models.attention import (
     FoldedAttention,
     LinearAngularAttention,
     linear_angular,
-    masked_softmax,
+    masked,
     token_conv,
     unit,
     value_scale,
 )
 
+ALL = slice(None)
 # One head, three tokens, D = 2, a token convolution of three taps: computed by the official module in float64.
 Q, K, V = ([[1, 0], [0, 1], [1, 1]], [[1, 0], [1, 1], [0, 2]], [[1, 2], [3, -1], [0, 1]])
 GOLDEN = {
@@ -34,7 +35,7 @@ def test_core_reproduces_the_golden_vector_of_the_official_module(threshold: flo
     dconv.weight.data = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64).view(1, 1, 3, 1)
     core = linear_angular(q, k, v)
     if threshold is not None:
-        core = core + masked_softmax(LinearAngularAttention.logits(q, k), threshold) @ v
+        core = core + masked(LinearAngularAttention.logits(q, k)(ALL).softmax(-1), threshold) @ v
     torch.testing.assert_close(
         (unit(core) + dconv(v))[0, 0], torch.tensor(GOLDEN[threshold], dtype=torch.float64), rtol=0, atol=1e-7
     )
@@ -76,7 +77,7 @@ def test_evidence_counts_the_mask_and_says_when_it_cannot_vanish() -> None:
     evidence = module.cast_evidence(x)
     assert evidence is not None and not evidence.can_vanish, "every softmax row of 49 entries has one above 1/49 > 0.02"
     q, k, v = module.split(x)
-    weights = masked_softmax(module.logits(q, k), 0.02)
+    weights = masked(module.logits(q, k)(ALL).softmax(-1), 0.02)
     assert evidence.mask_density == pytest.approx((weights > 0).double().mean().item())
     core = linear_angular(q, k, v)
     assert evidence.contribution_max == pytest.approx(((weights @ v).norm(dim=-1) / core.norm(dim=-1)).max().item())

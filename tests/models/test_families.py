@@ -13,7 +13,6 @@ from torch import nn
 from castling_deploy.castle import castle
 from castling_deploy.errors import CheckpointError, ShapeError, UsageError
 from castling_deploy.fold import fold
-from castling_deploy.inspection import work_of
 from castling_deploy.models.attention import linear_angular, unit, value_scale
 from castling_deploy.models.deit import CastlingDeiT
 from castling_deploy.models.deit_config import DeiTConfig
@@ -25,6 +24,7 @@ from castling_deploy.models.levit_family import LeViTFamily
 from castling_deploy.models.mvit_attention import distance_index, pooled_value_scale
 from castling_deploy.models.mvit_config import MViTv2Config, place_of
 from castling_deploy.models.mvit_family import MViTv2Family
+from castling_deploy.work import work_of
 
 # Softmax networks as published, and the heads * 9 weights that the token convolution of every block adds.
 PUBLISHED = {

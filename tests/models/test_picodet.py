@@ -11,12 +11,12 @@ from torch import nn
 
 from castling_deploy.errors import ShapeError
 from castling_deploy.fold import FoldStep, fold
-from castling_deploy.inspection import work_of
 from castling_deploy.models.csp_pan import CspPan
 from castling_deploy.models.dense import DenseConfig
 from castling_deploy.models.detector import PicoDetHead, picodet
 from castling_deploy.models.esnet import ESNetConfig, SqueezeExcite, shuffled
 from castling_deploy.models.pico_head import Integral, PicoHead, output_names
+from castling_deploy.work import work_of
 
 FAMILY = picodet()
 VARIANTS = FAMILY.variants
