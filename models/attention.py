@@ -135,11 +135,13 @@ class Attention(Protocol):
 def softmaxes(attention: Attention, q: torch.Tensor, k: torch.Tensor) -> Iterator[torch.Tensor]:
     """softmax(logits) of some queries after the other: (B, H, n, N), of MAP_BYTES or one query.
 
-    All at once where they are differentiated: autograd keeps every one, and a GPU likes few and large products.
+    All at once where they are differentiated (autograd keeps every one, and a GPU likes few and large products), and in
+    a graph that is traced.
     """
     logits, queries = attention.logits(q, k), q.shape[2]
     row_bytes = k.shape[:-1].numel() * k.element_size()
-    rows = queries if q.requires_grad else max(1, MAP_BYTES // row_bytes)
+    at_once = q.requires_grad or torch.compiler.is_compiling()
+    rows = queries if at_once else max(1, MAP_BYTES // row_bytes)
     for first in range(0, queries, rows):
         yield logits(slice(first, min(first + rows, queries))).softmax(-1)
 

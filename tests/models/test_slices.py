@@ -80,3 +80,14 @@ def test_counting_work_leaves_the_network_where_it_is() -> None:
     assert work_of(network, (1, 3, 64, 96)) == work_of(small("mvit"), (1, 3, 64, 96))
     assert all(parameter is before[name] for name, parameter in network.named_parameters())
     assert {parameter.device.type for parameter in network.parameters()} == {"cpu"}
+
+
+def test_a_traced_network_is_not_sliced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a user exports by himself, and is compared with, has one softmax for every attention."""
+    monkeypatch.setattr(attention, "MAP_BYTES", 2000)
+    network = small("mvit-softmax")
+    x = torch.zeros(1, 3, *network.config.image_size)  # type: ignore[misc, union-attr]
+    with torch.no_grad():
+        program = torch.export.export(network, (x,))
+    softmaxes = sum("softmax" in str(node.target) for node in program.graph.nodes)
+    assert softmaxes == sum(isinstance(module, PoolingAttention) for module in network.modules())
