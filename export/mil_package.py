@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from castling_deploy.errors import ExportError
+from castling_deploy.export.mlmodel_protos import messages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,7 +101,7 @@ class Package:
 
 def read_package(path: Path) -> Package:
     """Read `path`, a saved ML Program. Raises ExportError where it is none, or holds what cannot be read."""
-    from coremltools.proto import Model_pb2
+    Model_pb2 = messages("Model_pb2")
 
     model, source = Model_pb2.Model(), model_file(path)
     try:
@@ -171,7 +172,7 @@ def _operation(message: Any, folder: Path) -> tuple[Operation, dict[str, Constan
 
 
 def _declared(message: Any) -> Declared:
-    from coremltools.proto import MIL_pb2
+    MIL_pb2 = messages("MIL_pb2")
 
     match message.type.WhichOneof("type"):
         case "tensorType":
@@ -185,7 +186,7 @@ def _declared(message: Any) -> Declared:
 
 
 def _feature(message: Any) -> Feature:
-    from coremltools.proto import FeatureTypes_pb2
+    FeatureTypes_pb2 = messages("FeatureTypes_pb2")
 
     match message.type.WhichOneof("Type"):
         case "multiArrayType":
@@ -207,7 +208,8 @@ def _feature(message: Any) -> Feature:
 
 def _value(message: Any, folder: Path) -> Constant:
     import numpy as np
-    from coremltools.proto import MIL_pb2
+
+    MIL_pb2 = messages("MIL_pb2")
 
     if message.type.WhichOneof("type") == "listType":
         return [_value(item, folder) for item in message.immediateValue.list.values]  # type: ignore[misc]

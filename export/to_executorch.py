@@ -21,6 +21,7 @@ from castling_deploy.export.rms_norms import in_rms_norms
 from castling_deploy.export.scopes import inside
 from castling_deploy.export.torch_int8 import in_8_bits
 from castling_deploy.export.xnnpack_forms import in_xnnpack_forms
+from castling_deploy.export.xnnpack_patterns import needed_patterns
 from castling_deploy.export.xnnpack_payload import read_payload
 from castling_deploy.facts import stating
 from castling_deploy.target import Artifact, Attestation, Missing, Network, Precision, Session, Witness, WitnessKind
@@ -135,7 +136,7 @@ class ExecuTorchTarget:
 
     def export(self, network: Network, precision: Precision, options: ExecuTorchOptions, folder: Path) -> Artifact:
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.backends.xnnpack.utils.configs import get_transform_passes
+        from executorch.backends.xnnpack.utils.configs import get_transform_passes, get_xnnpack_edge_compile_config
         from executorch.exir import to_edge_transform_and_lower
 
         (image,), logits = network.inputs, network.outputs[0]
@@ -151,12 +152,14 @@ class ExecuTorchTarget:
         artifact = Artifact((FILE,), network.inputs, network.outputs, tools, ("executorch",), usage)
         told = metadata(stating(network, self.name, precision, options, artifact))
         program = in_xnnpack_forms(traced(network, precision))
-        edge = to_edge_transform_and_lower(
-            program,
-            transform_passes=get_transform_passes(),
-            partitioner=[XnnpackPartitioner()],
-            constant_methods={METADATA: told},
-        )
+        with needed_patterns(program):
+            edge = to_edge_transform_and_lower(
+                program,
+                transform_passes=get_transform_passes(),
+                partitioner=[XnnpackPartitioner()],
+                constant_methods={METADATA: told},
+                compile_config=get_xnnpack_edge_compile_config(),
+            )
         data = edge.to_executorch().buffer
         contents = pte_contents(data)
         check(contents, network, precision)

@@ -1,0 +1,42 @@
+"""What XNNPACK's lowering looks for, and need not where it cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+# One of these is in the name of every operation that is or becomes the one that each pattern holds.
+UPSAMPLING, ATTENTION = ("upsample_bilinear2d",), ("softmax", "attention")
+
+
+@contextmanager
+def needed_patterns(program: torch.export.ExportedProgram) -> Iterator[None]:
+    """A block that lowers `program` (ATen dialect): its search has the patterns that can occur in it.
+
+    ExecuTorch 1.5.1 searches every delegate for bilinear upsampling and for attention, and exports six small networks
+    to know how they look: 8 of the 31 s of CPU that lowering Castling-LeViT for 128 pixels takes. It has no option for
+    that. The file is the same, byte by byte.
+    """
+    from executorch.backends.xnnpack.partition.graphs import bilinear_2d, sdpa
+
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    searches: list[tuple[Any, str, tuple[str, ...], Any]] = [
+        (bilinear_2d, "get_graphs_dict", UPSAMPLING, dict),
+        (sdpa, "get_graphs", ATTENTION, list),
+    ]
+    left_out = [
+        (module, search, getattr(module, search), nothing)
+        for module, search, parts, nothing in searches
+        if hasattr(module, search) and not any(part in name for name in names for part in parts)
+    ]
+    try:
+        for module, search, _, nothing in left_out:
+            setattr(module, search, nothing)
+        yield
+    finally:
+        for module, search, before, _ in left_out:
+            setattr(module, search, before)
