@@ -139,7 +139,7 @@ def test_trained_network_keeps_its_score_in_less_room(folder: Folder) -> None:
 
 
 def test_stale_tables_fail_the_gate(folder: Folder) -> None:
-    """All of them: behind its norm, a query's scale hardly matters. The last test of this folder, since it changes it."""
+    """All of them: behind its norm, a query's scale hardly matters. The last test of this folder: it changes it."""
     package = read_package(folder.path / PACKAGE)
     assert castling("verify", folder.path).code == 0
     file = model_file(folder.path / PACKAGE).parent / "weights" / "weight.bin"
