@@ -169,15 +169,16 @@ def climb(
     few = within_work(castled, probes.few(EXACT_PROBES))
     exact = in_float64(castled, names, few)
     advance(0.7)
-    exact_folded = in_float64(fold(copied(castled).double()), names, few)
+    noiseless = {name: Reference(exact[name], few.real, noise=0.0) for name in names}
+    folding = exact_rung(FOLD, noiseless, in_float64(fold(copied(castled).double()), names, few), FOLD_TOLERANCE)
     advance(0.9)
-    handed = in_float64(folded, names, few)
-    advance(1.0)
     rows, references = probes.rows(few), {}
     for name in names:
         noise = Reference(outputs[name], probes.real, noise=0.0).rel(outputs[name][rows], exact[name])
         references[name] = Reference(outputs[name], probes.real, noise or 0.0)
-    noiseless = {name: Reference(exact[name], few.real, noise=0.0) for name in names}
+    del exact, noiseless  # of a segmenter 1.6 GB, and as much comes now
+    handed = in_float64(folded, names, few)
+    advance(1.0)
     return Ladder(
         task,
         probes,
@@ -190,7 +191,7 @@ def climb(
         {name: Reference(handed[name], few.real, references[name].noise) for name in names},
         tuple(layers.values()),
         tuple(steps),
-        exact_rung(FOLD, noiseless, exact_folded, FOLD_TOLERANCE),
+        folding,
         already_cast,
     )
 
