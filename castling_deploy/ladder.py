@@ -200,7 +200,7 @@ def within_work(network: nn.Module, probes: Probes) -> Probes:
     """As many of the probes as one run of `network` may take, see WORK; all where their truth is known."""
     if probes.truth is not None:
         return probes
-    return probes.at_most(WORK // work_of(network, (1, *probes.tensors.shape[1:])).macs)
+    return probes.at_most(WORK // max(1, work_of(network, (1, *probes.tensors.shape[1:])).macs))
 
 
 def in_float64(network: nn.Module, names: Sequence[str], probes: Probes) -> dict[str, Array]:
