@@ -33,7 +33,7 @@ mutations: install  ## the gate's kill rate and its false alarms: benchmarks/res
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/mutations.py
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/bin/python benchmarks/false_alarms.py
 
-bench: install  ## how fast the artefacts are, and the tool: benchmarks/results/speed.*; under ten minutes
+bench: install  ## how fast the artefacts are, and the tool: benchmarks/results/speed.*; a quarter of an hour
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/speed.py
 
 scores: install  ## the bundled networks on every target in every precision: benchmarks/results/scores.csv; 20 minutes

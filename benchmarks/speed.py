@@ -1,6 +1,6 @@
 """Does the export give back what Castling saves? Every question of docs/speed.md, asked in one sitting on one core.
 
-    python benchmarks/speed.py [--only NAME,...] [--all]     (make bench: the short set, under ten minutes)
+    python benchmarks/speed.py [--only NAME,...] [--all]     (make bench: the short set, a quarter of an hour)
 
 Writes results/speed.json, speed.md and speed.png. Networks have random weights where only time is asked for; accuracy
 is that of the trained ones that are bundled.
@@ -263,6 +263,8 @@ def plot(path: Path) -> None:
                 slope = np.polyfit(np.log(counts[-2:]), np.log(values[-2:]), 1)[0]
                 axis.loglog(counts, values, "o-", label=f"{kind}: grows with N^{slope:.2f} at the end")
             axis.set(xlabel="tokens N", ylabel=label, title=title)
+            axis.set_xticks(counts, [str(count) for count in counts])
+            axis.set_xticks([], minor=True)
             axis.legend(frameon=False)
             axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle("DeiT-T on one core: castled by this tool, and with its softmax exported naively")
