@@ -27,14 +27,13 @@ from castling_deploy.task import task_named
 
 RESULTS = Path(__file__).resolve().parent / "results" / "scores.csv"
 COLUMNS = ("network", "metric", "target", "precision", "trained", "cast", "artefact", "megabytes", "verdict")
-SAMPLES = {"classification": "digits", "detection": "scenes", "segmentation": "scenes"}
 
 
-def score_of(path: Path) -> float | None:
-    """The metric of the artefact in `path` in percent, on every image whose truth is known."""
+def score_of(path: Path, samples: str | None) -> float | None:
+    """The metric of the artefact in `path` in percent, on every image of `samples` (a card's) whose truth is known."""
     with castling_deploy.open(path) as model:
         task = task_named(model.folder.task)
-        probes = probes_for(model.folder.preprocessing, SAMPLES[task.name])
+        probes = probes_for(model.folder.preprocessing, samples)
         outputs = model.outputs(probes.images[: probes.real])
         return task.score(outputs, probes.truth, model.folder.preprocessing.size)
 
@@ -58,7 +57,9 @@ def rows(networks: list[str], targets: list[str]) -> Iterator[dict[str, object]]
                         "precision": precision,
                         "trained": told["trained"],
                         "cast": told["reference"],
-                        "artefact": score_of(made.path) if told["artifact"] is None else told["artifact"],
+                        "artefact": score_of(made.path, network.card.samples)
+                        if told["artifact"] is None
+                        else told["artifact"],
                         "megabytes": size / 1e6,
                         "verdict": made.parity.verdict,
                     }

@@ -40,14 +40,21 @@ class OpenVINO:
         return Witness(f"openvino {version('openvino')} (CPU, float32 arithmetic)", WitnessKind.RUNTIME)
 
     def run(self, folder: Path, artifact: Artifact, inputs: Values, advance: Advance) -> Mapping[str, Values]:
-        from castling_deploy.execution import run_artifact
-
-        with toolchain("OpenVINO does not run the artefact"):
-            names = [output.name for output in artifact.outputs]
-            return run_artifact(CompiledSession(folder / FILE, names, self.witness(), "f32"), artifact, inputs, advance)
+        return computed("f32", self.witness(), folder, artifact, inputs, advance)
 
 
-class CompiledSession:
+def computed(
+    arithmetic: str, witness: Witness, folder: Path, artifact: Artifact, inputs: Values, advance: Advance
+) -> Mapping[str, Values]:
+    """As `Runner.run`, in `arithmetic` ("f32", "bf16"). Raises ExportError."""
+    from castling_deploy.execution import run_artifact
+
+    with toolchain("OpenVINO does not run the artefact"):
+        names = [output.name for output in artifact.outputs]
+        return run_artifact(_CompiledSession(folder / FILE, names, witness, arithmetic), artifact, inputs, advance)
+
+
+class _CompiledSession:
     """`model`, compiled to compute in `arithmetic` ("f32", "bf16").
 
     `names` are the outputs that it is said to have: OpenVINO gives one output several names.

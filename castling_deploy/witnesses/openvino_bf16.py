@@ -7,10 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from castling_deploy.export.to_onnx import FILE
-from castling_deploy.quiet import toolchain
 from castling_deploy.target import Arithmetic, Artifact, Missing, Precision, Witness, WitnessKind
-from castling_deploy.witnesses.openvino import CompiledSession, OpenVINO
+from castling_deploy.witnesses.openvino import OpenVINO, computed
 
 if TYPE_CHECKING:
     from castling_deploy.runner import Advance, Values
@@ -42,10 +40,4 @@ class OpenVINOBfloat16:
         return Arithmetic.BF16
 
     def run(self, folder: Path, artifact: Artifact, inputs: Values, advance: Advance) -> Mapping[str, Values]:
-        from castling_deploy.execution import run_artifact
-
-        with toolchain("OpenVINO does not run the artefact"):
-            names = [output.name for output in artifact.outputs]
-            return run_artifact(
-                CompiledSession(folder / FILE, names, self.witness(), "bf16"), artifact, inputs, advance
-            )
+        return computed("bf16", self.witness(), folder, artifact, inputs, advance)
