@@ -23,6 +23,7 @@ from castling_deploy.localising.fault import Suspect, isolated_fault
 from castling_deploy.localising.localisation import Localisation
 from castling_deploy.parity import ParityReport, Verdict
 from castling_deploy.progress import Progress
+from castling_deploy.provenance import shared_provenance
 from castling_deploy.quiet import toolchain
 from castling_deploy.request import Request, Step
 from castling_deploy.target import Artifact, Missing, Network, Precision, activations_of, palette_of
@@ -124,7 +125,7 @@ def settled(result: Result) -> Finish:
 
 def exported(step: Step, network: Network, folder: Path) -> Artifact:
     """The toolchain's part, which writes into `folder`. Raises ExportError."""
-    with toolchain(step.target.name):
+    with toolchain(step.target.name), shared_provenance():
         artifact = step.target.export(network, step.precision, step.options, folder)
     return replace(
         artifact, details={**artifact.details, "islands": network.islands, "wide_reductions": network.reductions}

@@ -34,6 +34,7 @@ from castling_deploy.parity import (
     witness_rungs,
 )
 from castling_deploy.progress import Advance
+from castling_deploy.provenance import shared_provenance
 from castling_deploy.quiet import toolchain
 from castling_deploy.runner import Runner, arithmetic_of, required_for
 from castling_deploy.target import Artifact, Network, Precision, Session, Target, TensorSpec, Witness, WitnessKind
@@ -83,7 +84,7 @@ def lowered_rung(target: Target, network: Network, options: Any, ladder: Ladder,
 
 
 def _run_lowered(target: Target, network: Network, options: Any, tensors: Array) -> Outputs:
-    with toolchain(f"{target.name}: lowering"):
+    with toolchain(f"{target.name}: lowering"), shared_provenance():
         module = copy.deepcopy(target.lowered(network, options)).double()  # the network shares its tensors
     batch = network.inputs[0].shape[0]
     names = [spec.name for spec in network.outputs]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from castling_deploy.errors import ExportError
-from castling_deploy.export.mlmodel_protos import messages
+from castling_deploy.export.coremltools_parts import messages
 
 if TYPE_CHECKING:
     import numpy as np

@@ -21,6 +21,7 @@ from castling_deploy.export.binary16 import SMALLEST_NORMAL
 from castling_deploy.export.coreml_package import classify, describe, distinct, write_package
 from castling_deploy.export.coreml_program import converted, exported_program
 from castling_deploy.export.coreml_session import EvaluatedSession, PredictSession
+from castling_deploy.export.coremltools_parts import converter
 from castling_deploy.export.mil_evaluator import load_program
 from castling_deploy.export.mil_package import Package, read_package
 from castling_deploy.export.neural_engine import note, unfit
@@ -177,6 +178,7 @@ class CoreMLTarget:
     def export(self, network: Network, precision: Precision, options: CoreMLOptions, folder: Path) -> Artifact:
         self.refuse(options, network.inputs[0].shape[0])
         check_network(network, options)
+        converter()  # before anything else imports more of coremltools
         classes = distinct(network.labels or ()) if classifies(network) else ()
         pixels, scores = options.input == "image", bool(classes)
         artifact = Artifact(

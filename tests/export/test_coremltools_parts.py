@@ -1,4 +1,4 @@
-"""A Core ML package is read without the rest of coremltools, and beside it."""
+"""A Core ML package is read without the rest of coremltools, and beside it; its converter comes alone."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from castling_deploy.export.mlmodel_protos import messages
+from castling_deploy.export.coremltools_parts import messages
 
 pytest.importorskip("coremltools")
 
 ALONE = """
 import sys
-from castling_deploy.export.mlmodel_protos import messages
+from castling_deploy.export.coremltools_parts import messages
 message = messages("Model_pb2").Model(specificationVersion=8)
 message.description.metadata.userDefined["a"] = "b"
 assert "coremltools" not in sys.modules
@@ -32,3 +32,16 @@ def test_where_coremltools_is_imported_its_messages_are_used() -> None:
     from coremltools.proto import MIL_pb2
 
     assert messages("MIL_pb2") is MIL_pb2
+
+
+def test_the_converter_comes_without_what_else_it_could_convert_and_that_can_be_imported_after_it() -> None:
+    script = """
+import sys
+from castling_deploy.export.coremltools_parts import converter
+converter()
+print("convert" in dir(sys.modules["coremltools"]), "sklearn" in sys.modules, "executorch" in sys.modules)
+import sklearn
+print(converter() is sys.modules["coremltools"], sklearn.__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "False", "False", "True", "sklearn"], done.stderr
