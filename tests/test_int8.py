@@ -180,7 +180,7 @@ def test_an_outlier_does_not_take_the_levels_of_all_others() -> None:
     values = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0))
     values[0] = 30.0
     whole = (values.min().item(), values.max().item())
-    chosen = clipped(values, whole, Activations.UINT8)
+    chosen = clipped(values[None], torch.ones(len(values)), whole, Activations.UINT8)
 
     def error(ends: tuple[float, float]) -> float:
         scale, zero, low, high = scale_of(ends, Activations.UINT8)
@@ -190,18 +190,33 @@ def test_an_outlier_does_not_take_the_levels_of_all_others() -> None:
     assert chosen[1] < whole[1] and error(chosen) < 0.8 * error(whole)
 
 
-def with_an_outlier(network: nn.Module) -> nn.Module:
-    """One hidden channel of one block that is very large and that nothing reads: float does not mind, 8 bits do."""
+def test_a_channel_that_is_read_is_not_clipped_however_rare_its_values() -> None:
+    """One token of 64 is large, in one channel of 32; at even distances neither would be met."""
+    x = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(0))
+    x[:, 5, 3] = 40.0
+    network = nn.Sequential(nn.Linear(32, 8))
+    for cost, largest in ((10.0, 40.0), (0.0, 30.0)):
+        with torch.no_grad():
+            network[0].weight[:, 3] = cost
+        found = calibrated(network, x.numpy(), Activations.UINT8)
+        assert (found.ranges["0"][1] == 40.0) if cost else (found.ranges["0"][1] < largest)
+
+
+def with_outliers(network: nn.Module) -> nn.Module:
+    """Two hidden channels of one block that are large, and are taken away behind it: float does not mind, 8 bits do."""
     mlp = network.get_submodule("blocks.1.mlp")
+    large = torch.tensor([4000.0, 2007.0])  # the second is no level
     with torch.no_grad():
-        mlp.fc1.bias[0] = 4000.0  # type: ignore[operator, union-attr]
-        mlp.fc2.weight[:, 0] = 0.0  # type: ignore[index, union-attr]
+        mlp.fc1.weight[:2], mlp.fc1.bias[:2] = 0.0, large  # type: ignore[index, union-attr]
+        mlp.fc2.weight[:, :2] = 0.1  # type: ignore[index, union-attr]
+        mlp.fc2.weight[::2, :2] = -0.1  # type: ignore[index, union-attr]
+        mlp.fc2.bias -= mlp.fc2.weight[:, :2] @ large  # type: ignore[assignment, index, operator, union-attr]
     return network
 
 
 def test_the_module_that_8_bits_hurt_stays_in_float_and_no_other(transformer: tuple[nn.Module, object]) -> None:
     network, card = identify(read(bundled.checkpoint_path(TRANSFORMER)))
-    ladder = ladder_of(with_an_outlier(network), card)
+    ladder = ladder_of(with_outliers(network), card)
     chosen = in_8_bits(ladder, Int8(max_drop=0.5), Activations.UINT8).in_8_bits
     assert chosen is not None
     assert chosen.kept == ("blocks.1.mlp.fc2",) and chosen.ranking[0][0] == "blocks.1.mlp.fc2"
