@@ -54,7 +54,7 @@ def read(path: str | Path, weights: str | None = None) -> Checkpoint:
         ) from None
     inner = unwrapped(folder.merged([content for content, _ in contents]), path, weights)
     tensors, peeled, card = inner.tensors, list(inner.peeled), contents[0][1]
-    kept = {name: value for name, value in tensors.items() if not is_bookkeeping(name)}
+    kept = {name: value for name, value in tensors.items() if not is_bookkeeping(name, value)}
     widened = {name: _as_float32(name, value, path) for name, value in kept.items()}
     half = {str(value.dtype).removeprefix("torch.") for value in kept.values() if value.dtype != torch.float32}
     if half:

@@ -39,7 +39,8 @@ def write_checkpoint(
             raise UsageError(f"a checkpoint does not state its '{name}'", hint=did_you_mean(name, known))
     entry = json.dumps({name: value for name, value in facts.items() if value is not None})
     stated(json.loads(entry))
-    weights = {name: value.detach().cpu().contiguous() for name, value in tensors.items() if not is_bookkeeping(name)}
+    kept = {name: value for name, value in tensors.items() if not is_bookkeeping(name, value)}
+    weights = {name: value.detach().cpu().contiguous() for name, value in kept.items()}
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         save_file(weights, partial, metadata={"castling": entry})

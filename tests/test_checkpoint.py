@@ -62,6 +62,17 @@ CONTAINERS: dict[str, tuple[Any, tuple[str, ...]]] = {
         ("container 'model_ema', preferred to 'model'",),
     ),
     "lightning": ({"state_dict": prefixed("model."), "epoch": 1}, ("container 'state_dict'", "prefix 'model.'")),
+    "lightning with a counter and a score beside the network": (
+        {
+            "state_dict": {
+                **prefixed("model."),
+                "steps": torch.tensor(7),
+                "accuracy.correct": torch.zeros(10, dtype=torch.int64),
+                "best": torch.tensor(float("-inf")),
+            }
+        },
+        ("container 'state_dict'", "prefix 'model.'"),
+    ),
     "lightning around ddp": (
         {
             "state_dict": prefixed("net.module."),

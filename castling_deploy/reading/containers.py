@@ -26,6 +26,7 @@ DROPPED_ENDINGS = (
     "n_averaged",
     "_feat.scale_reg",  # Paddle's PicoHead inherits it from its GFL head, and does without
 )
+PLAIN_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -102,17 +103,21 @@ def _without_wrappers(tensors: dict[str, torch.Tensor], path: Path, peeled: list
                 tensors = _without(wrapper, tensors, path)
                 peeled.append(f"prefix '{wrapper}.'")
         for attribute in ATTRIBUTES:
-            weights = [name for name in tensors if not is_bookkeeping(name)]
+            weights = [name for name, value in tensors.items() if not is_bookkeeping(name, value)]
             if weights and all(name.startswith(attribute) for name in weights):
                 tensors = {name.removeprefix(attribute): value for name, value in tensors.items()}
                 peeled.append(f"prefix '{attribute}'")
     return tensors
 
 
-def is_bookkeeping(name: str) -> bool:
-    """Whether the entry counts, indexes or averages, and is no weight of the network."""
+def is_bookkeeping(name: str, value: torch.Tensor) -> bool:
+    """Whether the entry counts, indexes or averages, and is no weight of the network: a trainer's step, too, and the
+    best score so far, which starts as infinity."""
     averaged = name.startswith("ema_") and "." not in name  # PicoDet's port: buffers beside the network's own names
-    return averaged or name.endswith(DROPPED_ENDINGS)
+    counts = value.dtype in (torch.int64, torch.int32, torch.bool)
+    number = value.ndim == 0 and value.is_cpu and value.layout is torch.strided and value.dtype in PLAIN_FLOATS
+    unset = number and not value.isfinite()
+    return averaged or counts or bool(unset) or name.endswith(DROPPED_ENDINGS)
 
 
 def _without(component: str, tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
