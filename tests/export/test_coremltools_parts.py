@@ -13,17 +13,23 @@ pytest.importorskip("coremltools")
 
 ALONE = """
 import sys
-from castling_deploy.export.coremltools_parts import messages
+from castling_deploy.export.coremltools_parts import converter, messages
 message = messages("Model_pb2").Model(specificationVersion=8)
 message.description.metadata.userDefined["a"] = "b"
 assert "coremltools" not in sys.modules
 {later}
 print(messages("Model_pb2").Model.FromString(message.SerializeToString()) == message)
 """
+LATER = """
+assert converter().convert and converter() is sys.modules["coremltools"]
+assert "sklearn" not in sys.modules and "executorch" not in sys.modules
+import executorch
+assert messages("Model_pb2").__name__[:4] == "core"
+"""
 
 
-@pytest.mark.parametrize("later", ["", "import coremltools; assert messages('Model_pb2').__name__[:4] == 'core'"])
-def test_messages_are_read_before_coremltools_is_imported(later: str) -> None:
+@pytest.mark.parametrize("later", ["", LATER], ids=["alone", "before the converter"])
+def test_messages_come_alone_and_the_converter_without_what_else_it_could_convert(later: str) -> None:
     done = subprocess.run([sys.executable, "-c", ALONE.format(later=later)], capture_output=True, text=True)
     assert done.stdout.split() == ["True"], done.stderr
 
@@ -32,16 +38,3 @@ def test_where_coremltools_is_imported_its_messages_are_used() -> None:
     from coremltools.proto import MIL_pb2
 
     assert messages("MIL_pb2") is MIL_pb2
-
-
-def test_the_converter_comes_without_what_else_it_could_convert_and_that_can_be_imported_after_it() -> None:
-    script = """
-import sys
-from castling_deploy.export.coremltools_parts import converter
-converter()
-print("convert" in dir(sys.modules["coremltools"]), "sklearn" in sys.modules, "executorch" in sys.modules)
-import sklearn
-print(converter() is sys.modules["coremltools"], sklearn.__name__)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout.split() == ["True", "False", "False", "True", "sklearn"], done.stderr
