@@ -19,8 +19,7 @@ from castling_deploy.preprocessing import Preprocessing
 from castling_deploy.target import Network, TensorSpec
 
 BUILDERS: dict[str, tuple[Any, Any]] = {
-    "castling-deit-tiny": (CastlingDeiT, DEIT["castling-deit-tiny"]),
-    "castling-deit-base": (CastlingDeiT, DEIT["castling-deit-base"]),
+    **{f"castling-deit-{size}": (CastlingDeiT, DEIT[f"castling-deit-{size}"]) for size in ("tiny", "small", "base")},
     "castling-levit-128s": (CastlingLeViT, LEVIT["castling-levit-128s"]),
 }
 
