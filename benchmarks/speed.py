@@ -322,7 +322,8 @@ def write(machine: Mapping[str, object], ratios: list[Ratio]) -> None:
 
 
 def report(machine: Mapping[str, object], ratios: list[Ratio]) -> str:
-    lines = ["# Speed", "", "Written by `make bench`; see docs/speed.md for what is asked.", ""]
+    by = "`benchmarks/speed.py --all`" if every_network else "`make bench`"
+    lines = ["# Speed", "", f"Written by {by}; see docs/speed.md for what is asked.", ""]
     lines += [f"- {name}: {value}" for name, value in machine.items()]
     lines += [
         "",
