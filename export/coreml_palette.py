@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from castling_deploy.export.coremltools_parts import converter
 from castling_deploy.export.torch_int8 import with_linears
 from castling_deploy.palette import palettised
 
@@ -48,6 +49,8 @@ def operation() -> Any:
     """Indices (C_out, C_in) and a table to weights, which torch.export leaves whole, and coremltools knows."""
     import numpy as np
     import torch
+
+    converter()  # the whole of it, before a part
     from coremltools.converters.mil import Builder, register_torch_op
 
     @torch.library.custom_op(LOOK_UP, mutates_args=(), schema="(Tensor indices, Tensor table) -> Tensor")

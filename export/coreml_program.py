@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError
 from castling_deploy.export.coreml_palette import in_palettes
+from castling_deploy.export.coremltools_parts import converter
 from castling_deploy.export.scopes import REDUCTIONS, inside, kind, module_stack
 from castling_deploy.export.torch_int8 import in_8_bits
 from castling_deploy.target import Network, Precision
@@ -73,8 +74,9 @@ def converted(
 ) -> tuple[Any, frozenset[str]]:
     """The program as coremltools' MLModel, float32 at its interface, and the names of the operations that are in
     float32 besides because the network cannot do without. Raises ExportError."""
-    import coremltools as ct
     import numpy as np
+
+    ct = converter()
 
     (spec,) = network.inputs
     colours = ct.colorlayout.GRAYSCALE if spec.shape[1] == 1 else ct.colorlayout.RGB

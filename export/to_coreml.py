@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 from collections import Counter
@@ -17,14 +16,19 @@ from typing import TYPE_CHECKING, Any, Literal
 from castling_deploy.eight_bits import Activations
 from castling_deploy.errors import ExportError, UsageError
 from castling_deploy.export.attesting import attestation
-from castling_deploy.export.binary16 import SMALLEST_NORMAL
+from castling_deploy.export.coreml_contents import (
+    PRODUCTS,
+    classifier_problems,
+    contained,
+    look_up_tables,
+    outputs_of,
+    product_types,
+)
 from castling_deploy.export.coreml_package import classify, describe, distinct, write_package
 from castling_deploy.export.coreml_program import converted, exported_program
 from castling_deploy.export.coreml_session import EvaluatedSession, PredictSession
-from castling_deploy.export.coremltools_parts import converter
 from castling_deploy.export.mil_evaluator import load_program
 from castling_deploy.export.mil_package import Package, read_package
-from castling_deploy.export.neural_engine import note, unfit
 from castling_deploy.facts import stating
 from castling_deploy.palette import BITS
 from castling_deploy.target import (
@@ -49,8 +53,6 @@ INPUTS = ("tensor", "image")
 LABEL, PROBABILITIES, SCORES = "label", "probabilities", "scores"
 
 DTYPES = {Precision.FP16: "FLOAT16", Precision.FP32: "FLOAT32", Precision.INT8: "FLOAT16"}  # computed in, MIL's names
-DEQUANTISE, LOOK_UP = "constexpr_affine_dequantize", "constexpr_lut_to_dense"
-PRODUCTS = frozenset({"conv", "conv_transpose", "einsum", "linear", "matmul"})
 BORDER = frozenset({"cast", "classify"})  # may touch float32 in a float16 program
 
 USAGE = """\
@@ -178,7 +180,6 @@ class CoreMLTarget:
     def export(self, network: Network, precision: Precision, options: CoreMLOptions, folder: Path) -> Artifact:
         self.refuse(options, network.inputs[0].shape[0])
         check_network(network, options)
-        converter()  # before anything else imports more of coremltools
         classes = distinct(network.labels or ()) if classifies(network) else ()
         pixels, scores = options.input == "image", bool(classes)
         artifact = Artifact(
@@ -250,28 +251,6 @@ class CoreMLTarget:
 
     def script(self) -> str:
         return SCRIPT
-
-
-def product_types(package: Package) -> Counter[str]:
-    """How many products there are by the dtype that they compute in, or "int8" where their weights are, or are looked
-    up by as many bits or fewer."""
-    narrow = {
-        operation.outputs[0].name
-        for operation in package.operations
-        if operation.type == LOOK_UP
-        or (operation.type == DEQUANTISE and package.dtype(operation.inputs["quantized_data"][0]) == "INT8")
-    }
-    return Counter(
-        "int8" if not narrow.isdisjoint(operation.inputs.get("weight", ())) else operation.outputs[0].dtype.lower()
-        for operation in package.operations
-        if operation.type in PRODUCTS
-    )
-
-
-def look_up_tables(package: Package) -> dict[str, int]:
-    """How many weights are in look-up tables, by the bits of an index."""
-    tables = (package.constants[one.inputs["lut"][0]] for one in package.operations if one.type == LOOK_UP)
-    return dict(Counter(str(len(table).bit_length() - 1) for table in tables))
 
 
 def check_network(network: Network, options: CoreMLOptions) -> None:
@@ -387,56 +366,3 @@ def facts(package: Package, network: Network, classes: tuple[str, ...]) -> dict[
     else:
         classifier = f"no: Core ML classifies one image at a time, the batch is {batch}"
     return {"minimum_deployment_target": "iOS17", "classifier": classifier, **contained(package)}
-
-
-def contained(package: Package) -> dict[str, Any]:
-    """What the report says that stands in the package itself.
-
-    `subnormal_weights` is the share of float16 weights between 0 and 2**-14, which a device may take for zero.
-    """
-    import numpy as np
-
-    halves: list[np.ndarray[Any, Any]] = [
-        np.abs(value)
-        for value in package.constants.values()
-        if isinstance(value, np.ndarray) and value.dtype == np.float16
-    ]
-    unsuited = unfit(package)
-    small = sum(int(((value > 0) & (value < SMALLEST_NORMAL)).sum()) for value in halves)
-    total = sum(value.size for value in halves)
-    return {
-        "specification_version": package.specification_version,
-        "subnormal_weights": round(small / total, 6) if total else None,
-        "operations": dict(sorted(Counter(operation.type for operation in package.operations).items())),
-        "look_up_tables": look_up_tables(package),
-        "unfit_for_the_neural_engine": unsuited,
-        "notes": note(unsuited, len(package.operations)),
-    }
-
-
-def outputs_of(package: Package) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """dtype and shape of every output that is numbers, as the features and the program declare them together.
-
-    A classifier's `label` is a text; its dictionary has a number per class.
-    """
-    shapes = {
-        value.name: tuple(-1 if size is None else size for size in value.shape)
-        for operation in package.operations
-        for value in operation.outputs
-    }
-    return {
-        feature.name: (
-            feature.dtype,
-            (1, len(package.classes)) if feature.kind == "scores" else shapes.get(feature.name, feature.shape),
-        )
-        for feature in package.outputs
-        if feature.kind != "label"
-    }
-
-
-def classifier_problems(package: Package) -> list[str]:
-    """What is wrong where a classifier's own labels are not those among its facts."""
-    stated = json.loads(package.metadata.get("labels", "null"))
-    if not package.classes or package.classes == distinct(stated or ()):
-        return []
-    return ["the classifier's labels are not those among the facts in the file"]

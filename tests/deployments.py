@@ -40,7 +40,6 @@ def castling(*arguments: str | Path, cwd: Path | None = None) -> Run:
     The process is forked from one that has loaded torch, as workers are: a fresh interpreter takes 3 s of CPU before it
     begins, and the tests run a few hundred commands. Where forking is not to be had, it is a fresh one.
     """
-    surroundings = {name: value for name, value in ENVIRONMENT.items() if os.environ.get(name) != value}
     inside = os.environ.pop(IN_PROCESS, None)
     try:
         worker = Worker()
@@ -48,13 +47,14 @@ def castling(*arguments: str | Path, cwd: Path | None = None) -> Run:
         if inside is not None:
             os.environ[IN_PROCESS] = inside
     with worker:
-        return worker.call("castling", _run, [*map(str, arguments)], cwd and str(cwd), surroundings)
+        return worker.call("castling", _run, [*map(str, arguments)], cwd or Path.cwd(), ENVIRONMENT)
 
 
-def _run(arguments: list[str], folder: str | None, surroundings: dict[str, str]) -> Run:
+def _run(arguments: list[str], folder: Path, environment: dict[str, str]) -> Run:
     """In that process: the command, with what it writes below Python's level too."""
-    os.environ.update({**surroundings, IN_PROCESS: "1"})
-    os.chdir(folder or os.getcwd())
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
     sys.argv = ["castling", *arguments]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         os.dup2(out.fileno(), 1)

@@ -24,9 +24,9 @@ from castling_deploy.artifact import sealed
 from castling_deploy.checkpoint import read
 from castling_deploy.eight_bits import Activations, Quantisation, scale_of, weight_levels
 from castling_deploy.errors import ExportError, UsageError
+from castling_deploy.export.coreml_contents import product_types
 from castling_deploy.export.mil_package import read_package
 from castling_deploy.export.pte_contents import pte_contents
-from castling_deploy.export.to_coreml import product_types
 from castling_deploy.export.xnnpack_payload import read_payload
 from castling_deploy.folder import sha256
 from castling_deploy.identify import identify
@@ -191,8 +191,8 @@ def test_an_outlier_does_not_take_the_levels_of_all_others() -> None:
 
 
 def test_a_channel_that_is_read_is_not_clipped_however_rare_its_values() -> None:
-    """One token of 64 is large, in one channel of 32; at even distances neither would be met."""
-    x = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(0))
+    """One token of 512 is large, in one channel of 32; at even distances it is not met."""
+    x = torch.randn(2, 512, 32, generator=torch.Generator().manual_seed(0))
     x[:, 5, 3] = 40.0
     network = nn.Sequential(nn.Linear(32, 8))
     for cost, largest in ((10.0, 40.0), (0.0, 30.0)):

@@ -20,10 +20,11 @@ from castling_deploy.artifact import Folder, read_folder
 from castling_deploy.eight_bits import Activations, Quantisation
 from castling_deploy.errors import ExportError, UsageError
 from castling_deploy.export import to_coreml
+from castling_deploy.export.coreml_contents import LOOK_UP, look_up_tables
 from castling_deploy.export.coreml_palette import packed
 from castling_deploy.export.mil_evaluator import load_program
 from castling_deploy.export.mil_package import model_file, read_package
-from castling_deploy.export.to_coreml import CoreMLOptions, CoreMLTarget, look_up_tables
+from castling_deploy.export.to_coreml import CoreMLOptions, CoreMLTarget
 from castling_deploy.int8.quantised import quantised
 from castling_deploy.palette import BITS, palettised
 from castling_deploy.target import Network, Precision
@@ -86,7 +87,7 @@ def test_package_holds_and_computes_what_the_palettised_network_does(network: Ne
     written = {
         (package.constants[one.inputs["indices"][0]].tobytes(), package.constants[one.inputs["lut"][0]].tobytes())  # type: ignore[union-attr]
         for one in package.operations
-        if one.type == to_coreml.LOOK_UP and one.outputs[0].dtype == "FLOAT16"
+        if one.type == LOOK_UP and one.outputs[0].dtype == "FLOAT16"
     }
     for path in network.quantisation.ranges:
         if not path.startswith("blocks.0.mlp"):
@@ -144,9 +145,7 @@ def test_stale_tables_fail_the_gate(folder: Folder) -> None:
     assert castling("verify", folder.path).code == 0
     file = model_file(folder.path / PACKAGE).parent / "weights" / "weight.bin"
     data = file.read_bytes()
-    for table in (
-        package.constants[one.inputs["lut"][0]] for one in package.operations if one.type == to_coreml.LOOK_UP
-    ):
+    for table in (package.constants[one.inputs["lut"][0]] for one in package.operations if one.type == LOOK_UP):
         assert isinstance(table, np.ndarray) and data.count(table.tobytes()) == 1
         data = data.replace(table.tobytes(), (1.5 * table).astype(np.float16).tobytes())
     file.write_bytes(data)

@@ -88,15 +88,16 @@ def calibrated(network: nn.Module, tensors: npt.NDArray[np.float32], activations
     """
     given, results = _Seen(activations), _Seen(activations)
     products = {path: module for path, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    reach = {path: module.weight.square().transpose(0, 1).flatten(1).sum(1) for path, module in products.items()}
     called: list[str] = []
 
     def watch(path: str, x: torch.Tensor, y: torch.Tensor) -> None:
         called.append(path)
         module = products[path]
         if isinstance(module, nn.Linear) and linear_pays(y, activations):
-            given.add(path, x, module.weight.square().sum(0))
+            given.add(path, x, reach[path])
         elif isinstance(module, nn.Conv2d) and activations.convolves and conv_pays(module, y):
-            given.add(path, x.movedim(1, -1), module.weight.square().sum((0, 2, 3)))
+            given.add(path, x.movedim(1, -1), reach[path])
             results.add(path, y.movedim(1, -1), torch.ones(y.shape[1]))
 
     hooks = [

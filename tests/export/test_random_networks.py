@@ -20,7 +20,7 @@ EVERY = tuple(TARGETS)
 MODEL = {"deit-softmax": "deit", "levit-softmax": "levit", "mvit-softmax": "mvitv2"}  # what --model calls them
 
 
-def deployed(
+def made_of(
     network: nn.Module, size: tuple[int, int], folder: Path, targets: tuple[str, ...], **asked: str
 ) -> Deployment:
     """`network`, written to a file and exported in float32; every artefact holds its outputs."""
@@ -44,12 +44,12 @@ def deployed(
     [("picodet", ("onnx",)), *(pytest.param(name, EVERY, marks=pytest.mark.slow) for name in DENSE)],
 )
 def test_every_dense_family_goes_to_every_target(name: str, targets: tuple[str, ...], tmp_path: Path) -> None:
-    made = deployed(dense(name), DENSE[name][1].image_size, tmp_path, targets)
+    made = made_of(dense(name), DENSE[name][1].image_size, tmp_path, targets)
     assert made.card.family == DENSE[name][0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BASELINES)
 def test_every_baseline_goes_to_every_target(name: str, tmp_path: Path) -> None:
-    made = deployed(small(name), BASELINES[name][1].image_size, tmp_path, EVERY, model=MODEL[name])
+    made = made_of(small(name), BASELINES[name][1].image_size, tmp_path, EVERY, model=MODEL[name])
     assert made.card.nothing_to_cast and not made.ladder.layers
