@@ -17,6 +17,7 @@ FEW_ROWS = 16
 # Convolutions with fewer products behind a value stay in float. In 8 bits, ONNX Runtime 1.32 takes 0.35 (576 products)
 # to 0.79 (32) of float32's time for one, and 3.2 times as long for a stem's first (27); one thread, VNNI.
 FEW_PRODUCTS = 32
+BIAS_LEVELS = 2**30  # to either side of zero, so that as much is left of the int32 that sums are in
 WEIGHT_LEVELS = 127  # of an 8-bit weight, to either side of zero: -128 would make it lopsided
 
 
@@ -25,9 +26,11 @@ class Activations(StrEnum):
 
     One range per tensor, found by calibration: with a zero point, or around zero. Or one per token and image, with a
     zero point, found while the artefact runs. Or nothing: weights alone are in 8 bits, and float16 is computed in.
+    uint16 has 16 bits of them, beside 8 of a weight.
     """
 
     UINT8 = "uint8"
+    UINT16 = "uint16"
     INT8 = "int8"
     PER_TOKEN = "int8 per token"
     FLOAT = "float16"
@@ -35,12 +38,22 @@ class Activations(StrEnum):
     @property
     def calibrated(self) -> bool:
         """Whether ranges are part of the artefact."""
-        return self in (Activations.UINT8, Activations.INT8)
+        return self in (Activations.UINT8, Activations.UINT16, Activations.INT8)
 
     @property
     def convolves(self) -> bool:
         """Whether convolutions are in 8 bits too."""
-        return self is Activations.UINT8
+        return self in (Activations.UINT8, Activations.UINT16)
+
+    @property
+    def returned(self) -> bool:
+        """Whether a Linear returns levels too, and not floats: Qualcomm's HTP has no other product of levels."""
+        return self is Activations.UINT16
+
+    @property
+    def levels(self) -> tuple[int, int]:
+        """The lowest and the highest of a calibrated range."""
+        return {Activations.INT8: (-128, 127), Activations.UINT16: (0, 2**16 - 1)}.get(self, (0, 255))
 
 
 @dataclass(frozen=True)
@@ -48,8 +61,8 @@ class Quantisation:
     """Which Linears and convolutions compute in 8 bits, by their paths, and the range (lo, hi) of what each is given.
 
     Weights are int8 with one scale per output channel, or with a `palette`, for Linears alone, in a look-up table by an
-    index of that many bits. A Linear returns floats; a convolution returns 8 bits in its range of `results`, since ONNX
-    Runtime has no other. Everything else stays in float.
+    index of that many bits. A Linear returns floats, unless it has a range in `results`; a convolution always has one,
+    since ONNX Runtime has no other. Everything else stays in float.
     """
 
     ranges: Mapping[str, tuple[float, float]]
@@ -62,7 +75,7 @@ class Quantisation:
         return scale_of(self.ranges[path], self.activations)
 
     def result_scale(self, path: str) -> tuple[float, int, int, int]:
-        """Those of what the convolution `path` returns."""
+        """Those of what the module `path` returns."""
         return scale_of(self.results[path], self.activations)
 
     def of(self, paths: Collection[str]) -> Quantisation:
@@ -75,23 +88,32 @@ class Quantisation:
 
 
 def scale_of(ends: tuple[float, float], activations: Activations) -> tuple[float, int, int, int]:
-    """Scale, zero point, lowest and highest level of calibrated 8-bit activations in the range `ends`, which holds
-    zero. The scale is a float32 number.
+    """Scale, zero point, lowest and highest level of calibrated activations in the range `ends`, which holds zero. The
+    scale is a float32 number.
     """
     import numpy as np
 
     low, high = min(ends[0], 0.0), max(ends[1], 0.0)
+    lowest, highest = activations.levels
     if activations is Activations.INT8:
-        return float(np.float32(max(-low, high, 1e-30) / 127)), 0, -128, 127
-    scale = float(np.float32(max(high - low, 1e-30) / 255))
-    return scale, round(-low / scale), 0, 255
+        return float(np.float32(max(-low, high, 1e-30) / highest)), 0, lowest, highest
+    scale = float(np.float32(max(high - low, 1e-30) / highest))
+    return scale, round(-low / scale), lowest, highest
 
 
-def weight_levels(weight: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """(C_out, C_in) -> whole numbers from -127 to 127, and the scale of every output channel (C_out,)."""
+def weight_levels(
+    weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32] | None = None, given_scale: float | None = None
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """(C_out, C_in) -> whole numbers from -127 to 127, and the scale of every output channel (C_out,).
+
+    A `bias` (C_out,) is stored in steps of this scale times that of what the module is given: where a BatchNorm's
+    weight has gone to nothing and its bias has not, the scale is as large as that takes.
+    """
     import numpy as np
 
     scales = (np.abs(weight).max(1) / np.float32(WEIGHT_LEVELS)).astype(np.float32)
+    if bias is not None and given_scale is not None:
+        scales = np.maximum(scales, (np.abs(bias) / (BIAS_LEVELS * given_scale)).astype(np.float32))
     scales[scales == 0] = 1
     levels = np.clip(np.round(weight / scales[:, None]), -WEIGHT_LEVELS, WEIGHT_LEVELS)
     return levels.astype(np.int8), scales

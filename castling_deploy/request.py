@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from castling_deploy.eight_bits import Activations
 from castling_deploy.errors import UsageError
 from castling_deploy.isolation import Limits
 from castling_deploy.reading.card import Told
@@ -65,9 +66,14 @@ class Step:
     options: Any
 
     @property
+    def activations(self) -> Activations:
+        """What an activation is in it, where it is in int8."""
+        return activations_of(self.target, self.options)
+
+    @property
     def in_half(self) -> bool:
         """Whether it computes in float16."""
-        return computes_in_half(self.precision, activations_of(self.target))
+        return computes_in_half(self.precision, self.activations)
 
 
 def plan(request: Request) -> tuple[Step, ...]:
@@ -85,6 +91,8 @@ def plan(request: Request) -> tuple[Step, ...]:
             raise UsageError("int8 is built for a batch of one", hint="leave out --batch-size and --dynamic")
         if step.precision is not Precision.INT8 and palette_of(step.options):
             raise UsageError("palettised weights are for int8", hint="leave out --palettise, or add --precision int8")
+        if step.precision is not Precision.INT8 and "activations" in request.options:
+            raise UsageError("--activations is for int8", hint="leave it out, or add --precision int8")
         if step.precision is not Precision.INT8 and request.int8 != Int8():
             raise UsageError(
                 f"target '{step.target.name}' in {step.precision} has nothing to calibrate",

@@ -89,6 +89,13 @@ class Narrow(Protocol):
     precisions: tuple[Precision, ...]
 
 
+class Choosy(Protocol):
+    """A runner that does not take every artefact of its targets and precisions."""
+
+    def unfit(self, artifact: Artifact) -> Missing | None:
+        """Why it cannot run this one, and what to export instead; None where it can."""
+
+
 RUNNERS: tuple[str, ...] = (
     "castling_deploy.witnesses.ort_half:OrtHalf",
     "castling_deploy.witnesses.openvino:OpenVINO",
@@ -205,6 +212,13 @@ def require_known(names: Sequence[str]) -> None:
 def to_set_up() -> Mapping[str, SetUp]:
     """What `castling setup` can fetch and build, by name."""
     return {runner.name: runner for runner in runners() if isinstance(runner, SetUp)}
+
+
+def unfit(runner: Runner, artifact: Artifact) -> Missing | None:
+    """Why `runner` cannot run this artefact."""
+    own = getattr(runner, "unfit", None)
+    found: Missing | None = None if own is None else own(artifact)
+    return found
 
 
 def arithmetic_of(runner: Runner, precision: Precision) -> Precision | Arithmetic:

@@ -254,14 +254,15 @@ class SlowWitness(Protocol):
 
 
 class Quantised(Protocol):
-    """A target in int8 whose activations are not those of ONNX Runtime: an optional member of it."""
+    """A target in int8, or the options of one: what an activation is for it. Options come before their target."""
 
     activations: Activations
 
 
-def activations_of(target: Target) -> Activations:
-    """What an activation in 8 bits is for this target."""
-    return Activations(getattr(target, "activations", Activations.UINT8))
+def activations_of(target: Target, options: Any) -> Activations:
+    """What an activation is in an int8 artefact of this target with these options."""
+    own = getattr(target, "activations", Activations.UINT8)
+    return Activations(getattr(options, "activations", own))
 
 
 def palette_of(options: Any) -> int | None:

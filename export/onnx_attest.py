@@ -66,8 +66,15 @@ def attest(path: Path, artifact: Artifact, precision: Precision, problems: tuple
 
 def contents(model: onnx.ModelProto) -> dict[str, Any]:
     """What the report says of a graph beside its types."""
+    import onnx
+
     nodes = Counter(node.op_type for node in model.graph.node)
-    return {"opset": model.opset_import[0].version, "nodes": dict(sorted(nodes.items()))}
+    found: dict[str, Any] = {"opset": model.opset_import[0].version, "nodes": dict(sorted(nodes.items()))}
+    zeros = {name for node in model.graph.node if node.op_type == "QuantizeLinear" for name in node.input[2:]}
+    types = {tensor.data_type for tensor in model.graph.initializer if tensor.name in zeros}
+    if types:
+        found["activations"] = sorted(onnx.helper.tensor_dtype_to_np_dtype(dtype).name for dtype in types)
+    return found
 
 
 def dequantised(graph: onnx.GraphProto) -> set[str]:

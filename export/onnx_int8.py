@@ -1,9 +1,11 @@
 """Linears and convolutions in 8 bits, as quantise-dequantise pairs around them (QDQ).
 
-Two flavours (seen with ONNX Runtime 1.32 and TensorRT-RTX 1.7.1). uint8 activations, and Gemm with an int32 bias: ONNX
-Runtime makes one QGemm of it, 2.1 times as fast as float32 with VNNI, where MatMul and Add stay two float operators and
-int8 activations take 2.5 times as long; of a convolution between two pairs it makes one QLinearConv. int8 activations
-around zero, and a float bias: the only one TensorRT parses.
+Three flavours (seen with ONNX Runtime 1.32, TensorRT-RTX 1.7.1 and onnxruntime-qnn 2.7.0). uint8 activations, and Gemm
+with an int32 bias: ONNX Runtime makes one QGemm of it, 2.1 times as fast as float32 with VNNI, where MatMul and Add
+stay two float operators and int8 activations take 2.5 times as long; of a convolution between two pairs it makes one
+QLinearConv. int8 activations around zero, and a float bias: the only one TensorRT parses. uint16 activations, and a
+pair behind every product too: Qualcomm's HTP takes no product of levels that returns floats, and none of uint8 that
+returns uint16.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class _Rewriting:
         self.nodes: list[onnx.NodeProto] = []
         self.gone: list[onnx.NodeProto] = []
         self.done: set[str] = set()
-        self.products: set[str] = set()  # what a Gemm in 8 bits returns
+        self.products: set[str] = set()  # what a Gemm in 8 bits returns in float
         self.quantised: dict[tuple[str, float, int], str] = {}
         self.made: set[str] = set()  # names of dequantised constants
 
@@ -76,32 +78,40 @@ class _Rewriting:
         scale, zero, _, _ = self.quantisation.scale(path)
         given, weight = node.input
         rows = self._activation(given, scale, zero)
-        levels, scales = self._weight(weight, axis=1)
-        self.done.add(path)
         bias = self._bias(node)
+        levels, scales = self._weight(weight, 1, bias[1] if bias else None, scale)
+        self.done.add(path)
         if bias is None or self.quantisation.activations is Activations.INT8:
-            self.nodes.append(onnx.helper.make_node("MatMul", [rows, levels], node.output, node.name))
-            return
-        added, name = bias
-        shift = self._shift(name, scales * np.float32(scale))
-        self.gone.append(added)
-        self.products.update(added.output)
-        self.nodes.append(onnx.helper.make_node("Gemm", [rows, levels, shift], added.output, node.name))
+            product = onnx.helper.make_node("MatMul", [rows, levels], node.output, node.name)
+        else:
+            added, name = bias
+            shift = self._shift(name, scales * np.float32(scale))
+            self.gone.append(added)
+            product = onnx.helper.make_node("Gemm", [rows, levels, shift], added.output, node.name)
+            if path not in self.quantisation.results:
+                self.products.update(added.output)
+        self.nodes.append(product)
+        if path in self.quantisation.results:
+            self._returned(product, path)
 
     def _convolution(self, node: onnx.NodeProto, path: str) -> None:
         import numpy as np
 
         scale, zero, _, _ = self.quantisation.scale(path)
         given, weight, *bias = node.input
-        levels, scales = self._weight(weight, axis=0)
+        levels, scales = self._weight(weight, 0, bias[0] if bias else None, scale)
         shift = [self._shift(name, scales * np.float32(scale)) for name in bias]
         node.input[:] = [self._activation(given, scale, zero), levels, *shift]
-        (result,) = node.output
-        node.output[0] = f"{result}/sums"
         self.nodes.append(node)
-        scale, zero, _, _ = self.quantisation.result_scale(path)
-        self._pair(node.output[0], result, f"{result}/8bit", scale, zero)
+        self._returned(node, path)
         self.done.add(path)
+
+    def _returned(self, product: onnx.NodeProto, path: str) -> None:
+        """What the module `path` returns, in levels: behind its product, which is the last node so far."""
+        (result,) = product.output
+        product.output[0] = f"{result}/sums"
+        scale, zero, _, _ = self.quantisation.result_scale(path)
+        self._pair(product.output[0], result, f"{result}/levels", scale, zero)
 
     def _bias(self, node: onnx.NodeProto) -> tuple[onnx.NodeProto, str] | None:
         """The addition behind a product and its constant, where nothing else reads the product."""
@@ -134,11 +144,11 @@ class _Rewriting:
         return self.quantised[key]
 
     def _pair(self, source: str, result: str, name: str, scale: float, zero: int) -> None:
-        """`source` to 8 bits and back, as `result`."""
+        """`source` to levels and back, as `result`."""
         import numpy as np
         import onnx
 
-        dtype = np.int8 if self.quantisation.activations is Activations.INT8 else np.uint8
+        dtype = np.dtype(self.quantisation.activations.value)
         constants = [
             self._constant(f"{name}/scale", np.asarray(scale, np.float32)),
             self._constant(f"{name}/zero", np.asarray(zero, dtype)),
@@ -148,12 +158,15 @@ class _Rewriting:
             onnx.helper.make_node("DequantizeLinear", [f"{name}/levels", *constants], [result], f"{name}/Dequantize"),
         ]
 
-    def _weight(self, name: str, axis: int) -> tuple[str, npt.NDArray[np.float32]]:
+    def _weight(
+        self, name: str, axis: int, bias: str | None, given_scale: float
+    ) -> tuple[str, npt.NDArray[np.float32]]:
         """A weight in int8, its output channels on `axis`: the name of what stands for it, and the scales (C_out,)."""
         import numpy as np
 
         rows = np.moveaxis(self.constants[name], axis, 0)
-        levels, scales = weight_levels(rows.reshape(len(rows), -1))
+        shift = self.constants[bias] if bias else None
+        levels, scales = weight_levels(rows.reshape(len(rows), -1), shift, given_scale)
         stored = np.moveaxis(levels.reshape(rows.shape), 0, axis)
         return self._dequantised(name, stored, scales, axis), scales
 

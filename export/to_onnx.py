@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from castling_deploy.eight_bits import Activations
 from castling_deploy.errors import ExportError, UsageError
 from castling_deploy.export import onnx_attest, onnx_nms
 from castling_deploy.export.onnx_half import half, inferred
@@ -20,6 +21,7 @@ from castling_deploy.export.onnx_norms import with_lp_norms
 from castling_deploy.export.onnx_session import OnnxSession
 from castling_deploy.export.onnx_unbatched import unbatched
 from castling_deploy.facts import stating
+from castling_deploy.suggest import did_you_mean
 from castling_deploy.target import (
     Artifact,
     Attestation,
@@ -42,7 +44,10 @@ if TYPE_CHECKING:
 FILE = "model.onnx"
 BATCH = "batch"  # the name of a dynamic batch axis
 OPSETS = range(20, 26)  # what torch 2.13 writes directly; ONNX Runtime 1.32 and TensorRT-RTX 1.7.1 read them all
+LEVELS_OF_16_BITS = 21  # the first opset whose QuantizeLinear has them
 LARGEST_FILE = 2**31 - 1  # bytes in one protobuf message
+
+ACTIVATIONS = (Activations.UINT8, Activations.UINT16)
 
 LEFTOVERS = frozenset({"BatchNormalization", "Dropout", "Identity"})
 
@@ -69,6 +74,12 @@ C++:
 Ort::Session session(env, ORT_TSTR("model.onnx"), Ort::SessionOptions{{}});
 auto outputs = session.Run(Ort::RunOptions{{}}, inputNames, &image, 1, outputNames, 1);    // "{input}" -> "{output}"
 ```
+"""
+
+ON_QUALCOMM = """
+Qualcomm's NPU (onnxruntime-qnn; onnxruntime-android-qnn): add `QNNExecutionProvider` with its HTP backend
+(`backend_path`: libQnnHtp.so or QnnHtp.dll) and `enable_htp_fp16_precision` 1. Weights have 8 bits and activations 16;
+norms, residuals and the products of the attention are computed in float16.
 """
 
 SCRIPT = f"""\
@@ -112,17 +123,34 @@ def require_opset(opset: int) -> None:
 
 @dataclass(frozen=True)
 class OnnxOptions:
-    """`opset` of the standard operators; `dynamic` leaves the batch open; `nms` adds boxes to a detector's outputs.
+    """`opset` of the standard operators (None: the first that will do); `dynamic` leaves the batch open; `nms` adds
+    boxes to a detector's outputs; `activations` of int8 are uint8, which CPUs are fast with, or uint16, which
+    Qualcomm's NPU takes.
 
-    Raises UsageError for a bad opset.
+    Raises UsageError for a bad opset, and for other activations.
     """
 
-    opset: int = 20
+    opset: int | None = None
     dynamic: bool = field(default=False, metadata={"whole": "network"})
     nms: bool = field(default=False, metadata={"task": "detection"})
+    activations: str = Activations.UINT8
 
     def __post_init__(self) -> None:
-        require_opset(self.opset)
+        if self.activations not in ACTIVATIONS:
+            raise UsageError(
+                f"activations of int8 cannot be '{self.activations}'", hint=did_you_mean(self.activations, ACTIVATIONS)
+            )
+        require_opset(self.written_opset)
+        if self.activations == Activations.UINT16 and self.written_opset < LEVELS_OF_16_BITS:
+            raise UsageError(
+                f"opset {self.opset} has no levels of 16 bits", hint=f"leave out --opset, or use {LEVELS_OF_16_BITS}"
+            )
+
+    @property
+    def written_opset(self) -> int:
+        if self.opset is not None:
+            return self.opset
+        return LEVELS_OF_16_BITS if self.activations == Activations.UINT16 else OPSETS.start
 
 
 class OnnxTarget:
@@ -165,9 +193,11 @@ class OnnxTarget:
         )
         if options.nms:
             usage += onnx_nms.usage(network)
+        if options.activations == Activations.UINT16:
+            usage += ON_QUALCOMM
         artifact = Artifact((FILE,), inputs, outputs, tools(), ("onnxruntime",), usage)
         told = stating(network, self.name, precision, options, artifact)
-        model = onnx_model(told, precision, options.opset, dynamic=options.dynamic, nms=options.nms)
+        model = onnx_model(told, precision, options.written_opset, dynamic=options.dynamic, nms=options.nms)
         if precision is not Precision.FP16:  # whose small vectors need their own guard
             model = inferred(with_lp_norms(model))
         write(model, folder / FILE)

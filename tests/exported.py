@@ -33,10 +33,9 @@ shared = Path()  # what all workers of a test run see; conftest.py says where
 
 
 @cache
-def exported(model: str, target: str, precision: str, *, dynamic: bool = False, nms: bool = False) -> Folder:
+def exported(model: str, target: str, precision: str, **options: Any) -> Folder:
     """The folder of an export that every test file and worker shares: copy it to change it."""
-    options = {name: True for name, asked in {"dynamic": dynamic, "nms": nms}.items() if asked}
-    home = shared.joinpath("-".join([model, target, precision, *options]))
+    home = shared.joinpath("-".join([model, target, precision, *(f"{name}={options[name]}" for name in options)]))
     with home.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not home.exists():  # an export that fails leaves none
@@ -55,7 +54,7 @@ def copied(folder: Folder, into: Path) -> Path:
 
 def damaged(folder: Folder, path: Path) -> Folder:
     """A copy in `path` whose model is cut in the middle."""
-    return _changed(folder, path, lambda model: model.write_bytes(model.read_bytes()[: model.stat().st_size // 2]))
+    return changed(folder, path, lambda model: model.write_bytes(model.read_bytes()[: model.stat().st_size // 2]))
 
 
 def with_another_weight(folder: Folder, path: Path) -> Folder:
@@ -71,14 +70,14 @@ def with_another_weight(folder: Folder, path: Path) -> Folder:
         tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
         onnx.save(model, file)
 
-    return _changed(folder, path, negate)
+    return changed(folder, path, negate)
 
 
 def last_product(model: onnx.ModelProto) -> onnx.NodeProto:
     return [node for node in model.graph.node if node.op_type in ("Gemm", "MatMul")][-1]
 
 
-def _changed(folder: Folder, path: Path, change: Callable[[Path], object]) -> Folder:
+def changed(folder: Folder, path: Path, change: Callable[[Path], object]) -> Folder:
     shutil.copytree(folder.path, path)
     change(path / MODEL)
     return read_folder(path)

@@ -32,7 +32,18 @@ HEAVY = (
     "rich",
 )
 MODELS_MAY = {"errors", "suggest", "castle", "fold", "rewrite", "models", "verbs"}
-WITNESSES_MAY = {"errors", "target", "runner", "execution", "cache", "folder", "quiet", "export", "witnesses"}
+WITNESSES_MAY = {
+    "cache",
+    "eight_bits",
+    "errors",
+    "execution",
+    "export",
+    "folder",
+    "quiet",
+    "runner",
+    "target",
+    "witnesses",
+}
 EXPORT_MAY = {
     "eight_bits",
     "errors",

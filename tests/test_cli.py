@@ -98,6 +98,21 @@ USAGE = {
         "--nms for detection alone, and this is a network for classification",
         "leave out --nms",
     ),
+    "activations of floats": (
+        ["export", "--target", "onnx", "--activations", "uint16"],
+        "--activations is for int8",
+        "--precision int8",
+    ),
+    "other activations": (
+        ["export", "--target", "onnx", "--precision", "int8", "--activations", "uint61"],
+        "activations of int8 cannot be 'uint61'",
+        "did you mean 'uint16'",
+    ),
+    "16 bits in an old opset": (
+        ["export", "--target", "onnx", "--precision", "int8", "--activations", "uint16", "--opset", "20"],
+        "opset 20 has no levels of 16 bits",
+        "21",
+    ),
     "a bad opset": (["export", "--target", "onnx", "--opset", "11"], "opset 11", "20"),
     "a bad input kind": (["export", "--target", "coreml", "--input", "picture"], "picture", "image"),
     "a typo beside all": (["export", "--target", "all,onnxx"], "unknown target 'onnxx'", "did you mean 'onnx'"),

@@ -135,7 +135,7 @@ def test_a_token_is_rounded_as_the_operation_that_xnnpack_takes() -> None:
     assert ((rounded_per_token(x) - x).abs() <= scale * 0.501).all()
 
 
-@pytest.mark.parametrize("activations", [Activations.UINT8, Activations.INT8])
+@pytest.mark.parametrize("activations", [Activations.UINT8, Activations.UINT16, Activations.INT8])
 def test_quantised_linear_is_exact_on_its_own_levels(activations: Activations) -> None:
     linear = nn.Linear(8, 4)
     levels = torch.randint(-127, 128, (4, 8)).float()
@@ -170,7 +170,7 @@ def test_quantised_convolution_is_exact_on_its_own_levels() -> None:
 
 def test_zero_is_a_level_and_the_whole_range_is_held() -> None:
     for ends in ((-1.0, 3.0), (0.0, 2.0), (-5.0, 0.0), (0.0, 0.0), (0.5, 2.0)):
-        for activations in (Activations.UINT8, Activations.INT8):
+        for activations in (Activations.UINT8, Activations.UINT16, Activations.INT8):
             scale, zero, low, high = scale_of(ends, activations)
             assert low <= zero <= high and scale > 0
             assert (high - zero) * scale >= ends[1] * 0.99 and (low - zero) * scale <= min(ends[0], 0.0) * 0.99 + scale

@@ -40,6 +40,7 @@ ALL = "all"
 @click.option(
     "--min-delegated", type=float, metavar="PERCENT", help="Of the operations, inside XNNPACK; ExecuTorch only."
 )
+@click.option("--activations", metavar="KIND", help="In int8: uint8, or uint16 for Qualcomm's NPU; ONNX only.")
 @click.option("--palettise", type=int, metavar="BITS", help="Weights in look-up tables, in int8; Core ML only.")
 @click.option("--calib-data", type=click.Path(path_type=Path), help="Folder or .npz of images to calibrate int8 on.")
 @click.option("--calib-samples", type=click.IntRange(1), help="How many of them. Default: 64.")
@@ -84,6 +85,7 @@ def export(
     nms: bool,
     content: str | None,
     min_delegated: float | None,
+    activations: str | None,
     palettise: int | None,
     calib_data: Path | None,
     calib_samples: int | None,
@@ -110,6 +112,7 @@ def export(
         "nms": nms or None,
         "input": content,
         "min_delegated": min_delegated,
+        "activations": activations,
         "palettise": palettise,
     }
     request = Request(

@@ -20,6 +20,7 @@ from castling_deploy.preprocessing import Preprocessing
 
 SAMPLES = 64  # images by default
 KEPT = 4096  # values of every image and module that a clipping is judged by, beside the ends of its channels
+MARGIN = 2.0  # how much wider than what was seen a range of 16 bits is, which can afford it: nothing is clipped
 SHARES = tuple(np.linspace(1.0, 0.3, 15).tolist())  # of an end of the range that are tried
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
@@ -81,10 +82,10 @@ def calibrated(network: nn.Module, tensors: npt.NDArray[np.float32], activations
     """Every Linear of `network` that 8 bits pay for, and every convolution in front of the first Linear, with the range
     (lo, hi) of what it is given.
 
-    Outliers are clipped where that makes the mean square of the errors behind the weights smaller, unless every token
-    has its own range; zero is always inside. Convolutions behind tokens, in necks and heads, return levels that hang on
-    the order of their sums: with all 26 of a detector in 8 bits, float32 and float64 differ by 5 % of its outputs'
-    spread, and no artefact can be verified (0.1 % with the three of its stem).
+    In 8 bits, outliers are clipped where that makes the mean square of the errors behind the weights smaller, unless
+    every token has its own range; zero is always inside. Convolutions behind tokens, in necks and heads, return levels
+    that hang on the order of their sums: with all 26 of a detector in 8 bits, float32 and float64 differ by 5 % of its
+    outputs' spread, and no artefact can be verified (0.1 % with the three of its stem).
     """
     given, results = _Seen(activations), _Seen(activations)
     products = {path: module for path, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
@@ -96,6 +97,8 @@ def calibrated(network: nn.Module, tensors: npt.NDArray[np.float32], activations
         module = products[path]
         if isinstance(module, nn.Linear) and linear_pays(y, activations):
             given.add(path, x, reach[path])
+            if activations.returned:
+                results.add(path, y, torch.ones(y.shape[-1]))
         elif isinstance(module, nn.Conv2d) and activations.convolves and conv_pays(module, y):
             given.add(path, x.movedim(1, -1), reach[path])
             results.add(path, y.movedim(1, -1), torch.ones(y.shape[1]))
@@ -111,9 +114,8 @@ def calibrated(network: nn.Module, tensors: npt.NDArray[np.float32], activations
         for hook in hooks:
             hook.remove()
     in_stem = set(takewhile(lambda path: isinstance(products[path], nn.Conv2d), called))
-    left = results.ends.keys() - in_stem
     found = Quantisation(given.ranges(), activations, results.ranges())
-    return found.of(found.ranges.keys() - left)
+    return found.of([path for path in found.ranges if path in in_stem or isinstance(products[path], nn.Linear)])
 
 
 def linear_pays(result: torch.Tensor, activations: Activations) -> bool:
@@ -161,6 +163,8 @@ class _Seen:
     def ranges(self) -> Mapping[str, Range]:
         if not self.activations.calibrated:
             return self.ends
+        if self.activations is Activations.UINT16:
+            return {path: (MARGIN * low, MARGIN * high) for path, (low, high) in self.ends.items()}
         return {
             path: clipped(torch.stack(self.values[path]), self.costs[path], ends, self.activations)
             for path, ends in self.ends.items()

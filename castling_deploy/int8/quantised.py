@@ -16,13 +16,14 @@ from castling_deploy.palette import palettised
 
 
 class QuantisedLinear(nn.Module):
-    """A Linear on 8-bit activations and weights. Shape: (..., C_in) -> (..., C_out)."""
+    """A Linear on 8-bit weights and activations in 8 or 16 bits. Shape: (..., C_in) -> (..., C_out)."""
 
     def __init__(self, linear: nn.Linear, quantisation: Quantisation, path: str) -> None:
         super().__init__()
         self.activations, self.levels = quantisation.activations, None
         if self.activations.calibrated:
             self.levels = quantisation.scale(path)
+        self.result = quantisation.result_scale(path) if path in quantisation.results else None
         self.weight, self.bias = in_levels(linear, self.levels[0] if self.levels else None)
         if quantisation.palette is not None:
             self.weight = in_palette(linear, quantisation.palette)
@@ -32,7 +33,8 @@ class QuantisedLinear(nn.Module):
             x = rounded(x, *self.levels)
         elif self.activations is Activations.PER_TOKEN:
             x = rounded_per_token(x)
-        return nn.functional.linear(x, self.weight, self.bias)
+        y = nn.functional.linear(x, self.weight, self.bias)
+        return y if self.result is None else rounded(y, *self.result)
 
 
 class QuantisedConv(nn.Module):
@@ -57,8 +59,9 @@ class QuantisedConv(nn.Module):
 def in_levels(module: nn.Linear | nn.Conv2d, given_scale: float | None) -> tuple[nn.Buffer, nn.Buffer | None]:
     """Weight and bias as 8 and, where the scale of what the module is given is known, 32 bits hold them."""
     weight = module.weight.detach()
-    levels, scales = map(torch.from_numpy, weight_levels(weight.flatten(1).numpy()))
     bias = None if module.bias is None else module.bias.detach().clone()
+    shift = None if bias is None else bias.numpy()
+    levels, scales = map(torch.from_numpy, weight_levels(weight.flatten(1).numpy(), shift, given_scale))
     if bias is not None and given_scale is not None:
         steps = scales * given_scale  # (C_out,)
         bias = (bias / steps).round() * steps
@@ -74,7 +77,7 @@ def in_palette(linear: nn.Linear, bits: int) -> nn.Buffer:
 def rounded(
     x: torch.Tensor, scale: float | torch.Tensor, zero: int | torch.Tensor, lowest: int, highest: int
 ) -> torch.Tensor:
-    """x as activations in 8 bits hold it: the nearest level, clipped to the range."""
+    """x as activations in levels hold it: the nearest one, clipped to the range."""
     return (x / scale).round().add(zero).clamp(lowest, highest).sub(zero) * scale
 
 

@@ -20,7 +20,7 @@ from castling_deploy.progress import Advance, Progress, Silent
 from castling_deploy.rechecking.claims import Claims, coherent, read_back
 from castling_deploy.rechecking.golden import read_golden
 from castling_deploy.rechecking.saved import PARITY, SavedParity, read_parity
-from castling_deploy.runner import ALL, Runner, chosen, require_known, runners_of
+from castling_deploy.runner import ALL, Runner, chosen, require_known, runners_of, unfit
 from castling_deploy.target import Missing, Precision, Target, options_for, target_named
 from castling_deploy.task import task_named
 from castling_deploy.verification import lowered_rung, observed, opened, parity_report, testimony, witnessed
@@ -136,7 +136,7 @@ def _able(target: Target, folder: Folder, on: Sequence[str]) -> tuple[tuple[Runn
     """Who can run the folder's artefact here, and who cannot. One that was named and is missing is an error."""
     able, absent = [], []
     for runner in chosen(target, folder.precision, on):
-        missing = runner.missing()
+        missing = runner.missing() or unfit(runner, folder.artifact)
         if missing is None:
             able.append(runner)
         elif ALL in on:

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from castling_deploy.eight_bits import Activations
 from castling_deploy.errors import ExportError
 from castling_deploy.export.to_onnx import BATCH, FILE
 from castling_deploy.quiet import toolchain
@@ -25,7 +26,8 @@ HTP, SOC = "75", "57"  # of Snapdragon 8 Gen 3, SM8650; without a chip's number,
 
 
 class QnnHost:
-    """Every float is computed in the HTP's float16: float32 artefacts too, there is no other float in it.
+    """Every float is computed in the HTP's float16: float32 artefacts too, there is no other float in it. int8 is in
+    products of 16-bit activations and 8-bit weights, what stands between them in float16.
 
     The simulation rounds to float16's 11 significant bits, and keeps float32's exponents: 300 squared is 89984 inside a
     graph, where float16 ends at 65504. So it does not see an overflow (onnxruntime-qnn 2.7.0, chips v73 to v81).
@@ -34,7 +36,6 @@ class QnnHost:
     name = "qnn"
     about = "Qualcomm's NPU, which computes in float16, simulated"
     targets: tuple[str, ...] = ("onnx",)
-    precisions: tuple[Precision, ...] = (Precision.FP32, Precision.FP16)  # no int8 that returns floats, as ours does
     images: int | None = 8  # one takes 0.7 s of the bundled LeViT, 13 s of DeiT-T
 
     def missing(self) -> Missing | None:
@@ -48,7 +49,12 @@ class QnnHost:
         return Witness(f"onnxruntime-qnn {version('onnxruntime-qnn')} (HTP v{HTP}, float16)", WitnessKind.SIMULATED)
 
     def arithmetic(self, precision: Precision) -> Precision:
-        return Precision.FP16
+        return Precision.INT8 if precision is Precision.INT8 else Precision.FP16
+
+    def unfit(self, artifact: Artifact) -> Missing | None:
+        if artifact.details.get("activations", [Activations.UINT16]) != [Activations.UINT16]:
+            return Missing("the HTP takes no products of uint8 that return floats", "export with --activations uint16")
+        return None
 
     def run(self, folder: Path, artifact: Artifact, inputs: Values, advance: Advance) -> Mapping[str, Values]:
         from castling_deploy.execution import run_artifact
@@ -79,6 +85,7 @@ class _HtpSession:
                 "htp_arch": HTP,
                 "soc_model": SOC,
                 "enable_htp_fp16_precision": "1",
+                "offload_graph_io_quantization": "0",  # else the CPU rounds the image
             },
         )
         self._session = onnxruntime.InferenceSession(model, options)

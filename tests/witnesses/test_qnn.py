@@ -5,8 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
-from exported import CLASSIFIER, DETECTOR, Apart, damaged, exported, outputs_of, passed, verdicts, with_another_weight
+from deployments import castling
+from exported import (
+    CLASSIFIER,
+    DETECTOR,
+    Apart,
+    changed,
+    damaged,
+    exported,
+    outputs_of,
+    passed,
+    verdicts,
+    with_another_weight,
+)
 
 from castling_deploy.errors import ExportError
 from castling_deploy.parity import Verdict
@@ -15,6 +28,7 @@ from castling_deploy.target import Precision, WitnessKind
 from castling_deploy.witnesses.qnn import QnnHost
 
 pytest.importorskip("onnxruntime_qnn")
+TRANSFORMER = "castling-deit-digits"
 COUNT = 3  # images: one takes 0.7 s
 HTP = Apart(QnnHost())
 
@@ -58,3 +72,28 @@ def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
 def test_it_is_called_a_simulation() -> None:
     assert QnnHost().missing() is None
     assert QnnHost().witness().kind is WitnessKind.SIMULATED
+
+
+def test_it_agrees_on_an_artefact_in_8_and_16_bits_and_sees_a_stale_scale(tmp_path: Path) -> None:
+    folder = exported(CLASSIFIER, "onnx", "int8", activations="uint16")
+    assert QnnHost().unfit(folder.artifact) is None and arithmetic_of(QnnHost(), Precision.INT8) is Precision.INT8
+    assert passed(verdicts(HTP, folder, COUNT))
+
+    def coarser(file: Path) -> None:
+        model = onnx.load(file)
+        scale = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("/scale"))
+        scale.CopyFrom(onnx.numpy_helper.from_array(1.2 * onnx.numpy_helper.to_array(scale), scale.name))
+        onnx.save(model, file)
+
+    assert verdicts(HTP, changed(folder, tmp_path / "changed", coarser), COUNT) == {"logits": Verdict.FAIL}
+
+
+def test_an_image_that_is_rounded_first_is_rounded_by_the_htp() -> None:
+    assert passed(verdicts(HTP, exported(TRANSFORMER, "onnx", "int8", activations="uint16"), COUNT))
+
+
+def test_it_says_what_to_export_instead_of_8_bit_activations() -> None:
+    missing = QnnHost().unfit(exported(CLASSIFIER, "onnx", "int8").artifact)
+    assert missing is not None and "--activations uint16" in missing.fix
+    process = castling("verify", exported(CLASSIFIER, "onnx", "int8").path, "--on", "qnn")
+    assert process.code == 4 and "--activations uint16" in process.err
