@@ -115,6 +115,7 @@ def int8_document(lowered: Lowered) -> dict[str, Any]:
     return {
         "activations": lowered.quantisation.activations,
         "palette": lowered.quantisation.palette,
+        "weight_bits": lowered.quantisation.weight_bits,
         "drop": lowered.drop,
         "max_drop": lowered.max_drop,
         "labelled": lowered.labelled,

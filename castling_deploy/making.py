@@ -26,7 +26,7 @@ from castling_deploy.progress import Progress
 from castling_deploy.provenance import shared_provenance
 from castling_deploy.quiet import toolchain
 from castling_deploy.request import Request, Step
-from castling_deploy.target import Artifact, Missing, Network, Precision, palette_of
+from castling_deploy.target import Artifact, Missing, Network, Precision
 from castling_deploy.verification import lowered_rung, measure, verify_artifact
 
 
@@ -77,7 +77,7 @@ def made(
             started(witness)
             if step.precision is Precision.INT8:
                 with progress.stage(f"{name}: calibrate") as advance:
-                    ladder = in_8_bits(ladder, request.int8, step.activations, advance, palette_of(step.options))
+                    ladder = in_8_bits(ladder, request.int8, step.options.form, advance)
             with progress.stage(f"{name}: export {step.precision}"):
                 audit = ladder.range_audit if request.islands and step.in_half else None
                 levels = ladder.in_8_bits.quantisation if ladder.in_8_bits else None

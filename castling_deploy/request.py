@@ -7,20 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from castling_deploy.eight_bits import Activations
 from castling_deploy.errors import UsageError
 from castling_deploy.isolation import Limits
 from castling_deploy.reading.card import Told
 from castling_deploy.target import (
     Precision,
     Target,
-    activations_of,
     computes_in_half,
     options_for,
-    palette_of,
     precision_for,
     target_named,
 )
+
+OF_INT8 = frozenset({"activations", "palettise", "weight_bits"})  # options that mean nothing in another precision
 
 
 @dataclass(frozen=True)
@@ -66,14 +65,9 @@ class Step:
     options: Any
 
     @property
-    def activations(self) -> Activations:
-        """What an activation is in it, where it is in int8."""
-        return activations_of(self.target, self.options)
-
-    @property
     def in_half(self) -> bool:
         """Whether it computes in float16."""
-        return computes_in_half(self.precision, self.activations)
+        return computes_in_half(self.precision, self.options.form.activations)
 
 
 def plan(request: Request) -> tuple[Step, ...]:
@@ -89,10 +83,10 @@ def plan(request: Request) -> tuple[Step, ...]:
         step.target.refuse(step.options, request.batch_size)
         if step.precision is Precision.INT8 and (request.batch_size != 1 or getattr(step.options, "dynamic", False)):
             raise UsageError("int8 is built for a batch of one", hint="leave out --batch-size and --dynamic")
-        if step.precision is not Precision.INT8 and palette_of(step.options):
-            raise UsageError("palettised weights are for int8", hint="leave out --palettise, or add --precision int8")
-        if step.precision is not Precision.INT8 and "activations" in request.options:
-            raise UsageError("--activations is for int8", hint="leave it out, or add --precision int8")
+        for name in OF_INT8 & request.options.keys():
+            if step.precision is not Precision.INT8:
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{flag} is for int8", hint=f"leave out {flag}, or add --precision int8")
         if step.precision is not Precision.INT8 and request.int8 != Int8():
             raise UsageError(
                 f"target '{step.target.name}' in {step.precision} has nothing to calibrate",

@@ -187,10 +187,11 @@ class Target(Protocol):
     """A format. Class members are data; the methods are all that differs from format to format.
 
     `file` is the file or package that every artefact of the target has. `precisions[0]` is the default. `options` is a
-    frozen dataclass: its fields are the options the target understands, and its `__post_init__` refuses bad values; a
-    field with `metadata={"task": ...}` is for networks of that task alone. `extra` is the pip extra that installs the
-    toolchain. `runtime` is what `castling verify --on` calls the target's own witness. `selftests` are the programs
-    that travel with an artefact: their file names, and the templates in `selftests/` that they are made from.
+    frozen dataclass with the member of `Options`: its fields are the options the target understands, and its
+    `__post_init__` refuses bad values; a field with `metadata={"task": ...}` is for networks of that task alone.
+    `extra` is the pip extra that installs the toolchain. `runtime` is what `castling verify --on` calls the target's
+    own witness. `selftests` are the programs that travel with an artefact: their file names, and the templates in
+    `selftests/` that they are made from.
     """
 
     name: str
@@ -253,27 +254,17 @@ class SlowWitness(Protocol):
     images: Mapping[Precision, int]  # real images that the witness can afford; a precision left out: all of them
 
 
-class Quantised(Protocol):
-    """A target in int8, or the options of one: what an activation is for it. Options come before their target."""
+class Options(Protocol):
+    """What the options of every target have, beside their fields."""
 
-    activations: Activations
-
-
-def activations_of(target: Target, options: Any) -> Activations:
-    """What an activation is in an int8 artefact of this target with these options."""
-    own = getattr(target, "activations", Activations.UINT8)
-    return Activations(getattr(options, "activations", own))
-
-
-def palette_of(options: Any) -> int | None:
-    """How many bits an index into a look-up table of weights has, where a target's options ask for tables."""
-    palette: int | None = getattr(options, "palettise", None)
-    return palette
+    @property
+    def form(self) -> Quantisation:
+        """What levels are in an int8 artefact of theirs; it holds no module."""
 
 
 def computes_in_half(precision: Precision, activations: Activations) -> bool:
     """Whether an artefact computes in float16: for 8 bits with these activations too."""
-    return precision is Precision.FP16 or (precision is Precision.INT8 and activations is Activations.FLOAT)
+    return precision is Precision.FP16 or (precision is Precision.INT8 and activations is Activations.FLOAT16)
 
 
 def images_for(target: Target, precision: Precision) -> int | None:

@@ -35,11 +35,11 @@ def attest(path: Path, artifact: Artifact, precision: Precision, problems: tuple
     products: Counter[str] = Counter()
     for node in model.graph.node:
         if node.op_type in PRODUCTS:
-            products["int8" if quantised.issuperset(node.input[:2]) else types[node.output[0]]] += 1
+            products["int8" if node.input[1] in quantised else types[node.output[0]]] += 1
     weights: Counter[str] = Counter()
     for tensor in model.graph.initializer:
         array = onnx.numpy_helper.to_array(tensor)
-        weights[array.dtype.name] += array.nbytes
+        weights[array.dtype.name] += array.nbytes // (2 if array.dtype.name == "int4" else 1)
     inputs, outputs = (
         {
             value.name: (
@@ -70,15 +70,18 @@ def contents(model: onnx.ModelProto) -> dict[str, Any]:
 
     nodes = Counter(node.op_type for node in model.graph.node)
     found: dict[str, Any] = {"opset": model.opset_import[0].version, "nodes": dict(sorted(nodes.items()))}
-    zeros = {name for node in model.graph.node if node.op_type == "QuantizeLinear" for name in node.input[2:]}
-    types = {tensor.data_type for tensor in model.graph.initializer if tensor.name in zeros}
-    if types:
-        found["activations"] = sorted(onnx.helper.tensor_dtype_to_np_dtype(dtype).name for dtype in types)
+    for kind, operator, place in (("activations", "QuantizeLinear", 2), ("weights", "DequantizeLinear", 0)):
+        named = {
+            name for node in model.graph.node if node.op_type == operator for name in node.input[place : place + 1]
+        }
+        types = {tensor.data_type for tensor in model.graph.initializer if tensor.name in named}
+        if types:
+            found[kind] = sorted(onnx.helper.tensor_dtype_to_np_dtype(dtype).name for dtype in types)
     return found
 
 
 def dequantised(graph: onnx.GraphProto) -> set[str]:
-    """What is stored in 8 bits, or passes through them: a product of two such values is computed in 8 bits."""
+    """What is stored in levels, or passes through them."""
     return {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
 
 

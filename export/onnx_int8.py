@@ -1,18 +1,19 @@
 """Linears and convolutions in 8 bits, as quantise-dequantise pairs around them (QDQ).
 
-Three flavours (seen with ONNX Runtime 1.32, TensorRT-RTX 1.7.1 and onnxruntime-qnn 2.7.0). uint8 activations, and Gemm
+Four flavours (seen with ONNX Runtime 1.32, TensorRT-RTX 1.7.1 and onnxruntime-qnn 2.7.0). uint8 activations, and Gemm
 with an int32 bias: ONNX Runtime makes one QGemm of it, 2.1 times as fast as float32 with VNNI, where MatMul and Add
 stay two float operators and int8 activations take 2.5 times as long; of a convolution between two pairs it makes one
 QLinearConv. int8 activations around zero, and a float bias: the only one TensorRT parses. uint16 activations, and a
 pair behind every product too: Qualcomm's HTP takes no product of levels that returns floats, and none of uint8 that
-returns uint16.
+returns uint16. Or weights alone, in 8 bits or in groups of 4: ONNX Runtime multiplies by them as they are stored, and
+rounds every 32 activations to 8 bits for it (MatMulNBits).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from castling_deploy.eight_bits import Activations, Quantisation, weight_levels
+from castling_deploy.eight_bits import GROUP, Activations, Quantisation, weight_groups, weight_levels
 from castling_deploy.errors import ExportError
 
 if TYPE_CHECKING:
@@ -64,12 +65,23 @@ class _Rewriting:
         if any(node is other for other in self.gone):
             return
         by_weight = path in self.quantisation.ranges and node.input[1:2] and node.input[1] in self.constants
+        if by_weight and node.op_type in ("MatMul", "Gemm") and self.quantisation.activations.as_they_are:
+            self._weight_alone(node, path)
+            return
         if by_weight and node.op_type == "MatMul":
             self._linear(node, path)
         elif by_weight and node.op_type == "Conv":
             self._convolution(node, path)
         else:
             self.nodes.append(node)
+
+    def _weight_alone(self, node: onnx.NodeProto, path: str) -> None:
+        weight = node.input[1]
+        inputs = int(any(item.name == "transB" and item.i for item in node.attribute))  # the axis of C_in
+        grouped = self.quantisation.in_groups(self.constants[weight].shape[inputs])
+        node.input[1] = self._groups(weight, inputs) if grouped else self._weight(weight, 1 - inputs, None, None)[0]
+        self.nodes.append(node)
+        self.done.add(path)
 
     def _linear(self, node: onnx.NodeProto, path: str) -> None:
         import numpy as np
@@ -159,7 +171,7 @@ class _Rewriting:
         ]
 
     def _weight(
-        self, name: str, axis: int, bias: str | None, given_scale: float
+        self, name: str, axis: int, bias: str | None, given_scale: float | None
     ) -> tuple[str, npt.NDArray[np.float32]]:
         """A weight in int8, its output channels on `axis`: the name of what stands for it, and the scales (C_out,)."""
         import numpy as np
@@ -169,6 +181,25 @@ class _Rewriting:
         levels, scales = weight_levels(rows.reshape(len(rows), -1), shift, given_scale)
         stored = np.moveaxis(levels.reshape(rows.shape), 0, axis)
         return self._dequantised(name, stored, scales, axis), scales
+
+    def _groups(self, name: str, axis: int) -> str:
+        """A weight in int4, its inputs on `axis`: the name of what stands for it."""
+        import numpy as np
+        import onnx
+
+        made = f"{name}/float"
+        if made in self.made:
+            return made
+        self.made.add(made)
+        rows, rows_scales = weight_groups(np.moveaxis(self.constants[name], axis, 1))
+        levels, scales = np.moveaxis(rows, 1, axis), np.moveaxis(rows_scales, 1, axis)
+        packed = onnx.helper.make_tensor(f"{name}/levels", onnx.TensorProto.INT4, levels.shape, pairs(levels), raw=True)
+        self.model.graph.initializer.append(packed)
+        names = [packed.name, self._constant(f"{name}/scales", np.ascontiguousarray(scales))]
+        self.nodes.append(
+            onnx.helper.make_node("DequantizeLinear", names, [made], f"{made}/Dequantize", axis=axis, block_size=GROUP)
+        )
+        return made
 
     def _shift(self, name: str, steps: npt.NDArray[np.float32]) -> str:
         """A bias (C_out,) in int32."""
@@ -198,3 +229,11 @@ class _Rewriting:
 
         self.model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(values), name))
         return name
+
+
+def pairs(levels: npt.NDArray[np.int8]) -> bytes:
+    """Levels of 4 bits as ONNX stores them: two in a byte, the first one below."""
+    import numpy as np
+
+    flat = levels.reshape(-1).astype(np.uint8) & 15
+    return (flat[::2] | flat[1::2] << 4).tobytes()

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from castling_deploy.eight_bits import Activations
+from castling_deploy.eight_bits import Activations, Quantisation
 from castling_deploy.errors import ExportError
 from castling_deploy.export.attesting import PRECISIONS, attestation
 from castling_deploy.export.coreai_asset import NUMPY, OURS, AssetContents, counts, read_asset, write_asset
@@ -92,6 +92,10 @@ def run(folder, inputs):
 class CoreAIOptions:
     """There is nothing to choose: shapes are fixed, and the device decides where it runs."""
 
+    @property
+    def form(self) -> Quantisation:
+        return Quantisation({}, Activations.FLOAT16)
+
 
 class CoreAITarget:
     """One model.aimodel with fixed shapes, in float32 or with float16 weights and arithmetic.
@@ -106,7 +110,6 @@ class CoreAITarget:
     runtime = "coreai"
     selftests: Mapping[str, str] = {"selftest.py": "run_coreai.py"}
     precisions: tuple[Precision, ...] = (Precision.FP16, Precision.FP32, Precision.INT8)
-    activations = Activations.FLOAT
     options: type[Any] = CoreAIOptions
 
     @property

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from castling_deploy.eight_bits import Activations
+from castling_deploy.eight_bits import Activations, Quantisation
 from castling_deploy.errors import ExportError, UsageError
 from castling_deploy.export.attesting import attestation
 from castling_deploy.export.coreml_contents import (
@@ -125,6 +125,10 @@ class CoreMLOptions:
                 f"no look-up table by {self.palettise} bits", hint=f"use one of: {', '.join(map(str, BITS))}"
             )
 
+    @property
+    def form(self) -> Quantisation:
+        return Quantisation({}, Activations.FLOAT16, palette=self.palettise)
+
 
 class CoreMLTarget:
     """One model.mlpackage; with known labels and a batch of one a classifier, which keeps its logits.
@@ -140,7 +144,6 @@ class CoreMLTarget:
     extra = "coreml"
     runtime = "coreml"
     precisions: tuple[Precision, ...] = (Precision.FP16, Precision.FP32, Precision.INT8)
-    activations = Activations.FLOAT
     options: type[Any] = CoreMLOptions
     selftests: Mapping[str, str] = {"selftest.py": "run_coreml.py", "Selftest.swift": "Selftest.swift"}
 

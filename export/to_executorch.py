@@ -11,7 +11,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from castling_deploy.eight_bits import Activations, weight_levels
+from castling_deploy.eight_bits import (
+    Activations,
+    Quantisation,
+    require_weight_bits,
+    weight_groups,
+    weight_levels,
+)
 from castling_deploy.errors import ExportError, ShapeError, UsageError
 from castling_deploy.export.attesting import attestation
 from castling_deploy.export.executorch_session import METADATA, ExecuTorchSession
@@ -86,16 +92,24 @@ def run(folder, inputs):
 
 @dataclass(frozen=True)
 class ExecuTorchOptions:
-    """`min_delegated` percent of the operations have to run inside XNNPACK, or the export fails.
+    """`min_delegated` percent of the operations have to run inside XNNPACK, or the export fails. `weight_bits` of int8
+    are 8, or 4 for Linears whose inputs come in groups.
 
-    Raises UsageError for what is no percentage.
+    Raises UsageError for what is no percentage, and for other bits.
     """
 
     min_delegated: float = 0.0
+    weight_bits: int = Quantisation.weight_bits
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_delegated <= 100:
             raise UsageError(f"{self.min_delegated:g} % of the operations", hint="--min-delegated takes 0 to 100")
+        require_weight_bits(self.weight_bits)
+
+    @property
+    def form(self) -> Quantisation:
+        """XNNPACK's Linear with float outputs: nothing is quantised between two of them."""
+        return Quantisation({}, Activations.PER_TOKEN, weight_bits=self.weight_bits)
 
 
 class ExecuTorchTarget:
@@ -110,7 +124,6 @@ class ExecuTorchTarget:
     extra = "executorch"
     runtime = "executorch"
     precisions: tuple[Precision, ...] = (Precision.FP32, Precision.FP16, Precision.INT8)
-    activations = Activations.PER_TOKEN  # XNNPACK's Linear with float outputs: nothing is quantised between two of them
     options: type[Any] = ExecuTorchOptions
     selftests: Mapping[str, str] = {"selftest.py": "run_executorch.py", "Selftest.kt": "Selftest.kt"}
 
@@ -298,19 +311,27 @@ def check(contents: PteContents, network: Network, precision: Precision) -> None
 
     if not contents.delegates and not network.part:
         raise ExportError("XNNPACK takes no operation of this network", hint="report this network")
-    in_8_bits = network.quantisation.ranges if network.quantisation else {}
+    levels = network.quantisation
     for name, module in network.module.named_modules():
         if not isinstance(module, nn.Linear):
             continue
         weight = module.weight.detach()
-        if name in in_8_bits:
-            weight = torch.from_numpy(weight_levels(weight.numpy())[0])
+        if levels and name in levels.ranges:
+            grouped = levels.in_groups(module.in_features)
+            weight = torch.from_numpy((weight_groups if grouped else weight_levels)(weight.numpy())[0])
+            weight = packed(weight) if grouped else weight
         elif precision is Precision.FP16 and not inside(name, network.islands):
             weight = weight.half()
         if stored(weight) not in contents.constants:
             raise ExportError(
                 f"{precision} was asked for, and the file does not hold {name}.weight in it", hint="report this network"
             )
+
+
+def packed(levels: torch.Tensor) -> torch.Tensor:
+    """Levels of 4 bits (C_out, C_in) as XNNPACK stores them: from 0 on, two in a byte, the first one below."""
+    above_zero = (levels + 8).byte()
+    return above_zero[:, ::2] | above_zero[:, 1::2] << 4
 
 
 def stored(tensor: torch.Tensor) -> bytes:

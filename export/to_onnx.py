@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from castling_deploy.eight_bits import Activations
+from castling_deploy.eight_bits import Activations, Quantisation, require_weight_bits
 from castling_deploy.errors import ExportError, UsageError
 from castling_deploy.export import onnx_attest, onnx_nms
 from castling_deploy.export.onnx_half import half, inferred
@@ -44,10 +44,10 @@ if TYPE_CHECKING:
 FILE = "model.onnx"
 BATCH = "batch"  # the name of a dynamic batch axis
 OPSETS = range(20, 26)  # what torch 2.13 writes directly; ONNX Runtime 1.32 and TensorRT-RTX 1.7.1 read them all
-LEVELS_OF_16_BITS = 21  # the first opset whose QuantizeLinear has them
+LATER_LEVELS = 21  # the first opset that has levels of 16 and of 4 bits, and scales for groups
 LARGEST_FILE = 2**31 - 1  # bytes in one protobuf message
 
-ACTIVATIONS = (Activations.UINT8, Activations.UINT16)
+ACTIVATIONS = (Activations.UINT8, Activations.UINT16, Activations.FLOAT32)
 
 LEFTOVERS = frozenset({"BatchNormalization", "Dropout", "Identity"})
 
@@ -124,33 +124,45 @@ def require_opset(opset: int) -> None:
 @dataclass(frozen=True)
 class OnnxOptions:
     """`opset` of the standard operators (None: the first that will do); `dynamic` leaves the batch open; `nms` adds
-    boxes to a detector's outputs; `activations` of int8 are uint8, which CPUs are fast with, or uint16, which
-    Qualcomm's NPU takes.
+    boxes to a detector's outputs. In int8, `activations` are uint8, which CPUs are fast with, uint16, which Qualcomm's
+    NPU takes, or float32: weights alone are in 8 bits, or in 4 (`weight_bits`), for the smallest file.
 
-    Raises UsageError for a bad opset, and for other activations.
+    Raises UsageError for a bad opset, and for other levels.
     """
 
     opset: int | None = None
     dynamic: bool = field(default=False, metadata={"whole": "network"})
     nms: bool = field(default=False, metadata={"task": "detection"})
-    activations: str = Activations.UINT8
+    activations: str | None = None  # uint8; with 4 bits, float32
+    weight_bits: int = Quantisation.weight_bits
 
     def __post_init__(self) -> None:
-        if self.activations not in ACTIVATIONS:
+        if self.activations not in (None, *ACTIVATIONS):
             raise UsageError(
                 f"activations of int8 cannot be '{self.activations}'", hint=did_you_mean(self.activations, ACTIVATIONS)
             )
-        require_opset(self.written_opset)
-        if self.activations == Activations.UINT16 and self.written_opset < LEVELS_OF_16_BITS:
+        require_weight_bits(self.weight_bits)
+        if self.weight_bits == 4 and self.form.activations is not Activations.FLOAT32:
             raise UsageError(
-                f"opset {self.opset} has no levels of 16 bits", hint=f"leave out --opset, or use {LEVELS_OF_16_BITS}"
+                f"weights of 4 bits are not for {self.activations}", hint="leave out --activations, or --weight-bits"
             )
+        require_opset(self.written_opset)
+        if self.written_opset < self._oldest:
+            raise UsageError(f"opset {self.opset} has no such levels", hint=f"leave out --opset, or use {self._oldest}")
+
+    @property
+    def form(self) -> Quantisation:
+        usual = Activations.FLOAT32 if self.weight_bits == 4 else Activations.UINT8
+        return Quantisation({}, Activations(self.activations or usual), weight_bits=self.weight_bits)
 
     @property
     def written_opset(self) -> int:
-        if self.opset is not None:
-            return self.opset
-        return LEVELS_OF_16_BITS if self.activations == Activations.UINT16 else OPSETS.start
+        return self._oldest if self.opset is None else self.opset
+
+    @property
+    def _oldest(self) -> int:
+        later = self.form.activations is Activations.UINT16 or self.weight_bits == 4
+        return LATER_LEVELS if later else OPSETS.start
 
 
 class OnnxTarget:
@@ -193,7 +205,7 @@ class OnnxTarget:
         )
         if options.nms:
             usage += onnx_nms.usage(network)
-        if options.activations == Activations.UINT16:
+        if options.form.activations is Activations.UINT16:
             usage += ON_QUALCOMM
         artifact = Artifact((FILE,), inputs, outputs, tools(), ("onnxruntime",), usage)
         told = stating(network, self.name, precision, options, artifact)
@@ -342,7 +354,7 @@ def product_types(model: onnx.ModelProto) -> Counter[str]:
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info, *graph.output)}
     in_8_bits = onnx_attest.dequantised(graph)
     return Counter(
-        Precision.INT8.value if in_8_bits.issuperset(node.input[:2]) else names[types[node.output[0]]]
+        Precision.INT8.value if in_8_bits.issuperset(node.input[1:2]) else names[types[node.output[0]]]
         for node in graph.node
         if node.op_type in onnx_attest.PRODUCTS
     )

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from castling_deploy.eight_bits import Activations
+from castling_deploy.eight_bits import Activations, Quantisation
 from castling_deploy.errors import ExportError
 from castling_deploy.export import onnx_attest, tensorrt_build, to_onnx
 from castling_deploy.export.onnx_session import OnnxSession
@@ -88,6 +88,10 @@ class TensorRTOptions:
     def __post_init__(self) -> None:
         to_onnx.require_opset(self.opset)
 
+    @property
+    def form(self) -> Quantisation:
+        return Quantisation({}, Activations.INT8)  # its parser takes no zero point but 0
+
 
 class TensorRTTarget:
     """A typed ONNX graph and its engine. Precision is in the graph: TensorRT 11 knows no other way to ask for it."""
@@ -97,7 +101,6 @@ class TensorRTTarget:
     extra = "tensorrt-rtx"
     runtime = "tensorrt"
     precisions: tuple[Precision, ...] = (Precision.FP16, Precision.FP32, Precision.INT8)
-    activations = Activations.INT8  # its parser takes no zero point but 0
     options: type[Any] = TensorRTOptions
     selftests: Mapping[str, str] = {"selftest.py": "run_onnxruntime.py"}
 

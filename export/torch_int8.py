@@ -13,7 +13,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from castling_deploy.eight_bits import Activations, weight_levels
+from castling_deploy.eight_bits import GROUP, Activations, weight_groups, weight_levels
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,7 +31,7 @@ def in_8_bits(network: nn.Module, quantisation: Quantisation) -> nn.Module:
 
     import_module("torch.ao.quantization.fx._decomposed")  # defines torch.ops.quantized_decomposed
     ops = torch.ops.quantized_decomposed
-    assert quantisation.activations in (Activations.PER_TOKEN, Activations.FLOAT)
+    assert quantisation.activations in (Activations.PER_TOKEN, Activations.FLOAT16)
     per_token = quantisation.activations is Activations.PER_TOKEN
 
     class Linear(nn.Module):
@@ -39,9 +39,10 @@ def in_8_bits(network: nn.Module, quantisation: Quantisation) -> nn.Module:
 
         def __init__(self, linear: nn.Linear) -> None:
             super().__init__()
-            levels, scales = map(torch.from_numpy, weight_levels(linear.weight.detach().numpy()))
-            self.weight, self.scales = nn.Buffer(levels), nn.Buffer(scales)
-            self.zeros = nn.Buffer(torch.zeros(len(scales), dtype=torch.int64))
+            self.grouped = quantisation.in_groups(linear.in_features)
+            made = (weight_groups if self.grouped else weight_levels)(linear.weight.detach().numpy())
+            self.weight, self.scales = map(nn.Buffer, map(torch.from_numpy, made))
+            self.zeros = nn.Buffer(torch.zeros(self.scales.shape, dtype=torch.int64))
             self.bias = linear.bias
 
         def forward(self, x: Tensor) -> Tensor:
@@ -49,6 +50,11 @@ def in_8_bits(network: nn.Module, quantisation: Quantisation) -> nn.Module:
                 scale, zero = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
                 x = ops.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
                 x = ops.dequantize_per_token(x, scale, zero, -128, 127, torch.int8, torch.float32)
+            if self.grouped:
+                weight = ops.dequantize_per_channel_group(
+                    self.weight, self.scales, self.zeros, -8, 7, torch.int8, GROUP, torch.float32
+                )
+                return nn.functional.linear(x, weight, self.bias)
             dtype = self.scales.dtype  # float16 where the network was narrowed; coremltools 9.0 takes no out_dtype
             kind = {} if dtype is torch.float32 else {"out_dtype": dtype}
             weight = ops.dequantize_per_channel(self.weight, self.scales, self.zeros, 0, -127, 127, torch.int8, **kind)

@@ -38,8 +38,9 @@ def in_xnnpack_forms(program: torch.export.ExportedProgram) -> torch.export.Expo
         aten.mul.Tensor: scalar_product,
         aten.upsample_nearest2d.vec: nearest_doubling,
     }
-    # int8 weights are constants too, and have to stay in 8 bits
-    kept: set[Any] = {torch.ops.quantized_decomposed.dequantize_per_channel.default}
+    levels = torch.ops.quantized_decomposed
+    # weights in 8 and 4 bits are constants too, and have to stay in them
+    kept: set[Any] = {levels.dequantize_per_channel.default, levels.dequantize_per_channel_group.default}
     return constant_prop_pass(program.run_decompositions(forms), kept)
 
 

@@ -58,7 +58,7 @@ def read_payload(data: bytes) -> Payload:
         operations[makes] += 1
         if node["xnode_union_type"] in PRODUCTS:
             weights = dtypes.get(node["xnode_union"].get("filter_id", -1), makes)
-            products["int8" if weights == "int8" else makes] += 1
+            products["int8" if weights in ("int8", "int4") else makes] += 1
     return Payload(operations, products, constants)
 
 

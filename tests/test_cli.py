@@ -108,9 +108,24 @@ USAGE = {
         "activations of int8 cannot be 'uint61'",
         "did you mean 'uint16'",
     ),
+    "weights of 4 bits in floats": (
+        ["export", "--target", "executorch", "--weight-bits", "4"],
+        "--weight-bits is for int8",
+        "--precision int8",
+    ),
+    "weights of 3 bits": (
+        ["export", "--target", "executorch", "--precision", "int8", "--weight-bits", "3"],
+        "no weights of 3 bits",
+        "4 or 8",
+    ),
+    "weights of 4 bits for TensorRT": (
+        ["export", "--target", "tensorrt", "--precision", "int8", "--weight-bits", "4"],
+        "'tensorrt' has no option --weight-bits",
+        "leave it out",
+    ),
     "16 bits in an old opset": (
         ["export", "--target", "onnx", "--precision", "int8", "--activations", "uint16", "--opset", "20"],
-        "opset 20 has no levels of 16 bits",
+        "opset 20 has no such levels",
         "21",
     ),
     "a bad opset": (["export", "--target", "onnx", "--opset", "11"], "opset 11", "20"),

@@ -40,6 +40,7 @@ from castling_deploy.request import Int8
 from castling_deploy.task import task_named
 
 TRANSFORMER = "castling-deit-digits"
+UINT8 = Quantisation({}, Activations.UINT8)
 
 
 def ladder_of(network: nn.Module, card: object) -> Ladder:
@@ -117,7 +118,7 @@ def test_core_ml_keeps_int8_weights_and_computes_in_float16() -> None:
 
 def test_weights_alone_in_8_bits_leave_the_activations_as_they_are() -> None:
     linear, x = nn.Linear(16, 4), torch.randn(8, 16)
-    quantisation = Quantisation({"it": (0.0, 0.0)}, Activations.FLOAT)
+    quantisation = Quantisation({"it": (0.0, 0.0)}, Activations.FLOAT16)
     levels, scales = map(torch.from_numpy, weight_levels(linear.weight.detach().numpy()))
     expected = nn.functional.linear(x, levels * scales[:, None], linear.bias)
     torch.testing.assert_close(QuantisedLinear(linear, quantisation, "it")(x), expected)
@@ -217,7 +218,7 @@ def with_outliers(network: nn.Module) -> nn.Module:
 def test_the_module_that_8_bits_hurt_stays_in_float_and_no_other(transformer: tuple[nn.Module, object]) -> None:
     network, card = identify(read(bundled.checkpoint_path(TRANSFORMER)))
     ladder = ladder_of(with_outliers(network), card)
-    chosen = in_8_bits(ladder, Int8(max_drop=0.5), Activations.UINT8).in_8_bits
+    chosen = in_8_bits(ladder, Int8(max_drop=0.5), UINT8).in_8_bits
     assert chosen is not None
     assert chosen.kept == ("blocks.1.mlp.fc2",) and chosen.ranking[0][0] == "blocks.1.mlp.fc2"
     assert chosen.drop <= 0.5 and "blocks.1.mlp.fc2" not in chosen.quantisation.ranges
@@ -228,7 +229,7 @@ def test_the_module_that_8_bits_hurt_stays_in_float_and_no_other(transformer: tu
 def test_a_budget_that_nothing_keeps_is_refused(transformer: tuple[nn.Module, object]) -> None:
     ladder = ladder_of(*transformer)
     with pytest.raises(ExportError, match="loses more than -101 points"):
-        in_8_bits(ladder, Int8(max_drop=-101.0), Activations.UINT8)
+        in_8_bits(ladder, Int8(max_drop=-101.0), UINT8)
 
 
 def test_heads_and_what_follows_tokens_stay_in_float(transformer: tuple[nn.Module, object]) -> None:

@@ -14,7 +14,6 @@ from torch import nn
 from castling_deploy.eight_bits import BIAS_LEVELS, Activations, Quantisation
 from castling_deploy.int8.calibration import MARGIN, calibrated
 from castling_deploy.int8.quantised import QuantisedLinear
-from castling_deploy.target import activations_of, options_for, target_named
 
 
 def test_every_product_in_8_bits_returns_levels() -> None:
@@ -84,10 +83,3 @@ def test_a_channel_without_weights_keeps_its_bias(activations: Activations) -> N
     assert bias[0].item() == pytest.approx(3.0) and weight[0] <= 1e-12
     steps = np.float32(np.float32(3.0) / (BIAS_LEVELS * quantisation.scale("it")[0])) * quantisation.scale("it")[0]
     assert abs(bias[0].item() / steps) <= 2**31 - 1
-
-
-def test_activations_are_those_of_the_options_or_of_the_target() -> None:
-    onnx_target, executorch = target_named("onnx"), target_named("executorch")
-    assert activations_of(onnx_target, options_for(onnx_target, {})) is Activations.UINT8
-    assert activations_of(onnx_target, options_for(onnx_target, {"activations": "uint16"})) is Activations.UINT16
-    assert activations_of(executorch, options_for(executorch, {})) is Activations.PER_TOKEN

@@ -40,7 +40,8 @@ ALL = "all"
 @click.option(
     "--min-delegated", type=float, metavar="PERCENT", help="Of the operations, inside XNNPACK; ExecuTorch only."
 )
-@click.option("--activations", metavar="KIND", help="In int8: uint8, or uint16 for Qualcomm's NPU; ONNX only.")
+@click.option("--activations", metavar="KIND", help="In int8: uint8, uint16 for Qualcomm's NPU, or float32; ONNX only.")
+@click.option("--weight-bits", type=int, metavar="BITS", help="In int8: 8, or 4 for Linears; ONNX and ExecuTorch.")
 @click.option("--palettise", type=int, metavar="BITS", help="Weights in look-up tables, in int8; Core ML only.")
 @click.option("--calib-data", type=click.Path(path_type=Path), help="Folder or .npz of images to calibrate int8 on.")
 @click.option("--calib-samples", type=click.IntRange(1), help="How many of them. Default: 64.")
@@ -86,6 +87,7 @@ def export(
     content: str | None,
     min_delegated: float | None,
     activations: str | None,
+    weight_bits: int | None,
     palettise: int | None,
     calib_data: Path | None,
     calib_samples: int | None,
@@ -113,6 +115,7 @@ def export(
         "input": content,
         "min_delegated": min_delegated,
         "activations": activations,
+        "weight_bits": weight_bits,
         "palettise": palettise,
     }
     request = Request(

@@ -123,7 +123,7 @@ def linear_pays(result: torch.Tensor, activations: Activations) -> bool:
 
     Weights alone gain by their size.
     """
-    return activations is Activations.FLOAT or (result.ndim > 2 and result.shape[-2] >= FEW_ROWS)
+    return activations.as_they_are or (result.ndim > 2 and result.shape[-2] >= FEW_ROWS)
 
 
 def conv_pays(conv: nn.Conv2d, result: torch.Tensor) -> bool:

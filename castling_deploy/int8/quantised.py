@@ -11,7 +11,7 @@ import copy
 import torch
 from torch import nn
 
-from castling_deploy.eight_bits import Activations, Quantisation, weight_levels
+from castling_deploy.eight_bits import GROUP, Activations, Quantisation, weight_groups, weight_levels
 from castling_deploy.palette import palettised
 
 
@@ -27,6 +27,8 @@ class QuantisedLinear(nn.Module):
         self.weight, self.bias = in_levels(linear, self.levels[0] if self.levels else None)
         if quantisation.palette is not None:
             self.weight = in_palette(linear, quantisation.palette)
+        if quantisation.in_groups(linear.in_features):
+            self.weight = in_groups(linear)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.levels is not None:
@@ -72,6 +74,12 @@ def in_palette(linear: nn.Linear, bits: int) -> nn.Buffer:
     """A weight as its look-up table holds it."""
     indices, table = map(torch.from_numpy, palettised(linear.weight.detach().numpy(), bits))
     return nn.Buffer(table.float()[indices.long()])
+
+
+def in_groups(linear: nn.Linear) -> nn.Buffer:
+    """A weight as 4 bits hold it."""
+    levels, scales = map(torch.from_numpy, weight_groups(linear.weight.detach().numpy()))
+    return nn.Buffer(levels * scales.repeat_interleave(GROUP, 1))
 
 
 def rounded(

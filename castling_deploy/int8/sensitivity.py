@@ -28,18 +28,18 @@ RANKED_ON = 16  # real images
 def in_8_bits(
     ladder: Ladder,
     asked: Int8,
-    activations: Activations,
+    form: Quantisation,
     advance: Callable[[float], None] = lambda share: None,
-    palette: int | None = None,
 ) -> Ladder:
     """The ladder of an int8 artefact: as many modules in 8 bits as the budget allows, the most sensitive ones in float.
 
-    With a `palette`, weights are in look-up tables by an index of that many bits.
+    `form` says what levels are, and holds no module.
     Raises ExportError where not one of them fits the budget, UsageError for images that are none.
     """
     probes = ladder.probes
     images = calibration_images(asked.data, asked.samples, probes.preprocessing, probes.images[: probes.real])
-    found = replace(calibrated(ladder.folded, images, activations), palette=palette)
+    seen = calibrated(ladder.folded, images, form.activations)
+    found = replace(form, ranges=seen.ranges, results=seen.results)
     advance(0.2)
     chosen = lowered(ladder, found, asked.max_drop)
     if chosen.rung.verdict is not Verdict.PASS:
@@ -59,7 +59,13 @@ def in_saved_8_bits(ladder: Ladder, document: Mapping[str, Any]) -> Ladder:
     ranges, results = (
         {path: (low, high) for path, (low, high) in document[name].items()} for name in ("ranges", "results")
     )
-    quantisation = Quantisation(ranges, Activations(document["activations"]), results, document.get("palette"))
+    quantisation = Quantisation(
+        ranges,
+        Activations(document["activations"]),
+        results,
+        document.get("palette"),
+        document.get("weight_bits", Quantisation.weight_bits),
+    )
     kept, ranking = tuple(document["kept_in_float"]), tuple(document["ranking"].items())
     return ladder.with_8_bits(lowered(ladder, quantisation, document["max_drop"], kept, ranking))
 
@@ -125,7 +131,7 @@ def lowered(
     rows = ladder.probes.rows(ladder.few)
     exact = run(network.double(), names, ladder.few.tensors.astype(np.float64))
     coarser = 1.0  # arithmetic than that of this machine
-    if quantisation.activations is Activations.FLOAT:
+    if quantisation.activations is Activations.FLOAT16:
         coarser = TOLERANCES[Precision.FP16].epsilon / TOLERANCES[Precision.FP32].epsilon
     references = {
         name: replace(

@@ -52,8 +52,8 @@ class QnnHost:
         return Precision.INT8 if precision is Precision.INT8 else Precision.FP16
 
     def unfit(self, artifact: Artifact) -> Missing | None:
-        if artifact.details.get("activations", [Activations.UINT16]) != [Activations.UINT16]:
-            return Missing("the HTP takes no products of uint8 that return floats", "export with --activations uint16")
+        if "weights" in artifact.details and artifact.details.get("activations") != [Activations.UINT16]:
+            return Missing("the HTP multiplies weights in levels by uint16 alone", "export with --activations uint16")
         return None
 
     def run(self, folder: Path, artifact: Artifact, inputs: Values, advance: Advance) -> Mapping[str, Values]:

@@ -226,7 +226,7 @@ def int8(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Every Linear in 8 bits, those of an island too."""
     network, folder = network_named("deit"), tmp_path_factory.mktemp("int8")
     paths = [path for path, module in network.module.named_modules() if isinstance(module, nn.Linear)]
-    levels = Quantisation(dict.fromkeys(paths, (0.0, 0.0)), Activations.FLOAT)
+    levels = Quantisation(dict.fromkeys(paths, (0.0, 0.0)), Activations.FLOAT16)
     network = replace(network, quantisation=levels, islands=(ISLAND,))
     return Exported(network, Precision.INT8, folder, TARGET.export(network, Precision.INT8, CoreAIOptions(), folder))
 
