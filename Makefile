@@ -36,7 +36,7 @@ mutations: install  ## the gate's kill rate and its false alarms: benchmarks/res
 bench: install  ## how fast the artefacts are, and the tool: benchmarks/results/speed.*; a quarter of an hour
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/speed.py
 
-scores: install  ## the bundled networks on every target in every precision: benchmarks/results/scores.csv; 20 minutes
+scores: install  ## the bundled networks on every target in every precision: benchmarks/results/scores.csv; 30 minutes
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/scores.py
 
 install: $(VENV)/installed

@@ -1,6 +1,6 @@
-"""The task's score of every bundled network on every target, in every precision that the target has.
+"""The task's score of every bundled network on every target, in every precision and every int8 that the target has.
 
-    python benchmarks/scores.py [--only NETWORK,...] [--targets TARGET,...]     (make scores: some 20 minutes)
+    python benchmarks/scores.py [--only NETWORK,...] [--targets TARGET,...]     (make scores: some 30 minutes)
 
 Each artefact is exported, verified and scored on all images whose truth is known: by its export, or here (Core AI in
 float16, whose interpreter takes 0.3 to 0.7 s for an image). Writes results/scores.csv, row by row.
@@ -26,7 +26,14 @@ from castling_deploy.target import TARGETS, target_named
 from castling_deploy.task import task_named
 
 RESULTS = Path(__file__).resolve().parent / "results" / "scores.csv"
-COLUMNS = ("network", "metric", "target", "precision", "trained", "cast", "artefact", "megabytes", "verdict")
+# Of int8, beside each target's usual one.
+FLAVOURS: dict[str, tuple[dict[str, object], ...]] = {
+    "onnx": ({"activations": "uint16"}, {"activations": "float32"}, {"weight_bits": 4}),
+    "executorch": ({"weight_bits": 4},),
+    "coreml": ({"palettise": 4},),
+    "coreai": ({"palettise": 4},),
+}
+COLUMNS = ("network", "metric", "target", "precision", "flavour", "trained", "cast", "artefact", "megabytes", "verdict")
 
 
 def score_of(path: Path, samples: str | None) -> float | None:
@@ -42,9 +49,15 @@ def rows(networks: list[str], targets: list[str]) -> Iterator[dict[str, object]]
     for name in networks:
         network = castling_deploy.load(model=name)
         for target in targets:
-            for precision in target_named(target).precisions:
+            usual: list[tuple[str, dict[str, object]]] = [
+                (precision, {}) for precision in target_named(target).precisions
+            ]
+            flavours = [("int8", options) for options in FLAVOURS.get(target, ())]
+            for precision, options in usual + flavours:
                 with tempfile.TemporaryDirectory() as scratch:
-                    made = castling_deploy.export(network, target=target, precision=precision, output=scratch)
+                    made = castling_deploy.export(
+                        network, target=target, precision=precision, output=scratch, **options
+                    )
                     assert made.path is not None and made.parity is not None and made.artifact is not None
                     files = (made.path / file for file in made.artifact.files)
                     every = (part for file in files for part in ([file] if file.is_file() else file.rglob("*")))
@@ -55,6 +68,7 @@ def rows(networks: list[str], targets: list[str]) -> Iterator[dict[str, object]]
                         "metric": told["metric"],
                         "target": target,
                         "precision": precision,
+                        "flavour": " ".join(f"{option}={value}" for option, value in options.items()),
                         "trained": told["trained"],
                         "cast": told["reference"],
                         "artefact": score_of(made.path, network.card.samples)
