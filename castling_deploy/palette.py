@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from castling_deploy.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-BITS = (4, 6, 8)  # of an index; Core ML has 1 and 2 too, with which no bundled network keeps its score
+BITS = (4, 6, 8)  # of an index; the formats have 1 and 2 too, with which no bundled network keeps its score
 ROUNDS = 100
+
+
+def require_bits(bits: int | None) -> None:
+    """Raises UsageError for an index that no table has; None asks for no tables."""
+    if bits not in (None, *BITS):
+        raise UsageError(f"no look-up table by {bits} bits", hint=f"use one of: {', '.join(map(str, BITS))}")
 
 
 def palettised(weight: npt.NDArray[np.float32], bits: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float16]]:
@@ -33,6 +41,14 @@ def palettised(weight: npt.NDArray[np.float32], bits: int) -> tuple[npt.NDArray[
     stored = table.astype(np.float16)
     indices = np.searchsorted(middles(stored.astype(np.float64)), weight)
     return indices.astype(np.uint8), stored
+
+
+def packed(indices: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
+    """Indices of so many bits one after another in bytes, the lowest bit first, as MIL and Core AI have them."""
+    import numpy as np
+
+    each = np.unpackbits(indices.astype(np.uint8).reshape(-1, 1), axis=1, count=bits, bitorder="little")
+    return np.packbits(each, bitorder="little")
 
 
 def middles(table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from castling_deploy.errors import ExportError
 from castling_deploy.plain import plain
-from castling_deploy.target import Artifact, Attestation, Precision, TensorSpec
+from castling_deploy.target import Artifact, Attestation, Network, Precision, TensorSpec
 
 Interface = Mapping[str, tuple[str, tuple[int, ...]]]  # by name: numpy's name of the dtype, shape with -1 where open
 PRECISIONS = {"float32": Precision.FP32.value, "float16": Precision.FP16.value, "int8": Precision.INT8.value}
@@ -47,6 +48,18 @@ def attestation(
         ),
         dict(facts or {}),
     )
+
+
+def require_8_bits(network: Network, products: Mapping[str, int], tables: Mapping[str, int]) -> None:
+    """Raises ExportError unless as many products as the network has Linears in 8 bits were built with such weights, and
+    where it has a palette, each with a look-up table; `tables` are counted by the bits of an index."""
+    levels = network.quantisation
+    asked = len(levels.ranges) if levels else 0
+    if products.get("int8", 0) != asked:
+        raise ExportError(f"{asked} Linears were to have int8 weights, and not all have", hint="report this network")
+    palette = levels.palette if levels else None
+    if tables != ({str(palette): asked} if palette else {}):
+        raise ExportError(f"every weight was to have a look-up table by {palette} bits", hint="report this network")
 
 
 def _problems(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError
-from castling_deploy.export.coreml_palette import in_palettes
+from castling_deploy.export.coreml_palette import teach_look_up
 from castling_deploy.export.coremltools_parts import converter
 from castling_deploy.export.scopes import REDUCTIONS, inside, kind, module_stack
 from castling_deploy.export.torch_int8 import in_8_bits
@@ -45,8 +45,7 @@ def interface(network: Network, *, pixels: bool, scores: bool) -> nn.Module:
             super().__init__()
             self.network = network.module
             if network.quantisation is not None:
-                narrowed = in_8_bits if network.quantisation.palette is None else in_palettes
-                self.network = narrowed(network.module, network.quantisation)
+                self.network = in_8_bits(network.module, network.quantisation)
             mean, std = (
                 255 * torch.tensor(values, dtype=torch.float64).reshape(1, -1, 1, 1)
                 for values in (network.preprocessing.mean, network.preprocessing.std)
@@ -77,6 +76,8 @@ def converted(
     import numpy as np
 
     ct = converter()
+    if network.quantisation is not None and network.quantisation.palette is not None:
+        teach_look_up()
 
     (spec,) = network.inputs
     colours = ct.colorlayout.GRAYSCALE if spec.shape[1] == 1 else ct.colorlayout.RGB

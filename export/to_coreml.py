@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from castling_deploy.eight_bits import Activations, Quantisation
 from castling_deploy.errors import ExportError, UsageError
-from castling_deploy.export.attesting import attestation
+from castling_deploy.export.attesting import attestation, require_8_bits
 from castling_deploy.export.coreml_contents import (
     PRODUCTS,
     classifier_problems,
@@ -30,7 +30,7 @@ from castling_deploy.export.coreml_session import EvaluatedSession, PredictSessi
 from castling_deploy.export.mil_evaluator import load_program
 from castling_deploy.export.mil_package import Package, read_package
 from castling_deploy.facts import stating
-from castling_deploy.palette import BITS
+from castling_deploy.palette import require_bits
 from castling_deploy.target import (
     Artifact,
     Attestation,
@@ -120,10 +120,7 @@ class CoreMLOptions:
     def __post_init__(self) -> None:
         if self.input not in INPUTS:
             raise UsageError(f"unknown input '{self.input}'", hint=f"use one of: {', '.join(INPUTS)}")
-        if self.palettise not in (None, *BITS):
-            raise UsageError(
-                f"no look-up table by {self.palettise} bits", hint=f"use one of: {', '.join(map(str, BITS))}"
-            )
+        require_bits(self.palettise)
 
     @property
     def form(self) -> Quantisation:
@@ -204,12 +201,7 @@ class CoreMLTarget:
         package = read_package(folder / FILE)
         softmaxes = sum("softmax" in str(node.target) for node in program.graph.nodes)
         check(package, precision, softmaxes=softmaxes, wide=wide, part=network.part)
-        in_8_bits = len(network.quantisation.ranges) if network.quantisation else 0
-        if product_types(package)["int8"] != in_8_bits:
-            raise ExportError(f"{in_8_bits} Linears were to have int8 weights, and not all have: report this network")
-        palette = network.quantisation.palette if network.quantisation else None
-        if look_up_tables(package) != ({str(palette): in_8_bits} if palette else {}):
-            raise ExportError(f"every weight was to have a look-up table by {palette} bits: report this network")
+        require_8_bits(network, product_types(package), look_up_tables(package))
         return replace(artifact, details=facts(package, network, classes))
 
     def attest(self, folder: Path, artifact: Artifact, precision: Precision) -> Attestation:

@@ -3,7 +3,7 @@
 For XNNPACK a Linear with int8 weights, on tokens that are quantised while it runs, is one operation that returns
 floats: everything between two Linears stays as it is, and nothing has to be calibrated. Each Linear quantises its input
 by itself: a quantisation that several of them read is left outside the delegates, where ExecuTorch 1.5.1 has no kernel
-for it. Core ML and Core AI keep int8 weights beside their scales, and compute in float16.
+for it. Core ML and Core AI keep int8 weights beside their scales, or indices beside a table, and compute in float16.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from castling_deploy.eight_bits import GROUP, Activations, weight_groups, weight_levels
+from castling_deploy.export.torch_palette import palettised_linear
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,16 +23,30 @@ if TYPE_CHECKING:
 
 
 def in_8_bits(network: nn.Module, quantisation: Quantisation) -> nn.Module:
-    """A copy of `network` (folded, float32) whose Linears in `quantisation` are written in 8 bits.
+    """A copy of `network` (folded, float32) in eval mode whose Linears in `quantisation` are written in 8 bits.
 
     Their activations are quantised for every token, or not at all.
     """
+    from torch import nn
+
+    assert quantisation.activations in (Activations.PER_TOKEN, Activations.FLOAT16)
+    palette = quantisation.palette
+    made = linear_in_levels(quantisation) if palette is None else palettised_linear(palette)
+    twin = copy.deepcopy(network)
+    for path in quantisation.ranges:
+        linear = twin.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        twin.set_submodule(path, made(linear))
+    return twin.eval()
+
+
+def linear_in_levels(quantisation: Quantisation) -> Callable[[nn.Linear], nn.Module]:
+    """What makes of a float32 Linear one with weights in 8 bits and a scale for every output channel, or in 4 bits."""
     import torch
     from torch import nn
 
     import_module("torch.ao.quantization.fx._decomposed")  # defines torch.ops.quantized_decomposed
     ops = torch.ops.quantized_decomposed
-    assert quantisation.activations in (Activations.PER_TOKEN, Activations.FLOAT16)
     per_token = quantisation.activations is Activations.PER_TOKEN
 
     class Linear(nn.Module):
@@ -60,16 +75,4 @@ def in_8_bits(network: nn.Module, quantisation: Quantisation) -> nn.Module:
             weight = ops.dequantize_per_channel(self.weight, self.scales, self.zeros, 0, -127, 127, torch.int8, **kind)
             return nn.functional.linear(x, weight, self.bias)
 
-    return with_linears(network, quantisation, Linear)
-
-
-def with_linears(network: nn.Module, quantisation: Quantisation, made: Callable[[nn.Linear], nn.Module]) -> nn.Module:
-    """A copy of `network` in eval mode with what is `made` of every Linear in `quantisation` in its place."""
-    from torch import nn
-
-    twin = copy.deepcopy(network)
-    for path in quantisation.ranges:
-        linear = twin.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
-        twin.set_submodule(path, made(linear))
-    return twin.eval()
+    return Linear

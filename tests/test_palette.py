@@ -21,12 +21,11 @@ from castling_deploy.eight_bits import Activations, Quantisation
 from castling_deploy.errors import ExportError, UsageError
 from castling_deploy.export import to_coreml
 from castling_deploy.export.coreml_contents import LOOK_UP, look_up_tables
-from castling_deploy.export.coreml_palette import packed
 from castling_deploy.export.mil_evaluator import load_program
 from castling_deploy.export.mil_package import model_file, read_package
 from castling_deploy.export.to_coreml import CoreMLOptions, CoreMLTarget
 from castling_deploy.int8.quantised import quantised
-from castling_deploy.palette import BITS, palettised
+from castling_deploy.palette import BITS, packed, palettised
 from castling_deploy.target import Network, Precision
 
 PACKAGE = "model.mlpackage"
