@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError
 from castling_deploy.export.coreai_program import FUNCTION
+from castling_deploy.palette import BITS
 
 if TYPE_CHECKING:
     from castling_deploy.target import Arrays
@@ -25,9 +26,15 @@ NUMPY = {  # MLIR's names of what a resource may hold
     **{"f16": "float16", "f32": "float32", "f64": "float64", "i1": "bool"},
     **{f"{sign}i{bits}": f"{full}int{bits}" for sign, full in (("s", ""), ("u", "u")) for bits in (8, 16, 32, 64)},
 }
+PACKED = frozenset(f"ui{bits}" for bits in BITS if bits < 8)  # numpy has no type for them
 RESOURCE = re.compile(r'^ +(\w+): "0x([0-9A-F]*)"', re.MULTILINE)
 REFERENCE = re.compile(r"dense_resource<(\w+)>")
-DEQUANTISE, TRANSPOSE = "coreai.blockwise_shift_scale", "coreai.transpose"
+DEQUANTISE, LOOK_UP, TRANSPOSE = "coreai.blockwise_shift_scale", "coreai.lut_to_dense", "coreai.transpose"
+LEVELS = {  # by the operation that makes weights of them: the types that they are stored in
+    DEQUANTISE: frozenset({"si8"}),
+    LOOK_UP: frozenset(f"ui{bits}" for bits in BITS),
+}
+PRODUCTS = ("matmul", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 PARAMETRISED = frozenset({"coreai.interpolate"})  # takes its scale and offset as float32 constants, whatever it scales
 
 
@@ -36,14 +43,15 @@ class Operation:
     """One operation of a program: `graph` is the function or the composite it stands in, without its number.
 
     `floats` are the floating-point types of its operands and results by numpy's names; those of the results are
-    `results`. `on_int8` is whether an operand is made of int8 constants and their scales.
+    `results`. `levels` is MLIR's name of the type that an operand's weights are stored in, where that is int8 with
+    scales or indices into a table.
     """
 
     graph: str
     name: str
     floats: frozenset[str]
     results: frozenset[str]
-    on_int8: bool = False
+    levels: str | None = None
 
 
 @dataclass(frozen=True)
@@ -133,27 +141,45 @@ def operations_of(operation: Any, graph: str) -> Iterator[Operation]:
                     yield from operations_of(inner, composite(inner.attributes["sym_name"].value))
                     continue
                 results = floats(inner.results)
-                on_int8 = any(is_dequantised(operand) for operand in inner.operands)
-                yield Operation(graph, name, floats(inner.operands) | results, results, on_int8)
+                levels = next(filter(None, map(levels_of, inner.operands)), None)
+                yield Operation(graph, name, floats(inner.operands) | results, results, levels)
                 yield from operations_of(inner, graph)
 
 
-def is_dequantised(value: Any) -> bool:
-    """Whether an MLIR value is int8 times a scale, maybe transposed since, as torch's Linear has its weights."""
+def levels_of(value: Any) -> str | None:
+    """The type of the levels or indices that an MLIR value is made of, maybe transposed since, as torch's Linear has
+    its weights."""
     from coreai._compiler.ir import OpResult
 
     while OpResult.isinstance(value):
         maker: Any = OpResult(value).owner
-        if maker.name == DEQUANTISE:
-            return str(maker.operands[0].type.element_type) == "si8"
+        if maker.name in LEVELS:
+            stored = str(maker.operands[0].type.element_type)
+            return stored if stored in LEVELS[maker.name] else None
         if maker.name != TRANSPOSE:
-            return False
+            return None
         value = maker.operands[0]
-    return False
+    return None
+
+
+def product_types(contents: AssetContents) -> Counter[str]:
+    """Products by numpy's name of the type that they are in, or "int8" where their weights are, or are looked up by as
+    many bits or fewer; by both where one mixes two."""
+    return Counter(
+        "int8" if operation.levels else " and ".join(sorted(operation.floats))
+        for operation in contents.operations
+        if operation.name.endswith(PRODUCTS)
+    )
+
+
+def look_up_tables(contents: AssetContents) -> dict[str, int]:
+    """How many weights of products are in look-up tables, by the bits of an index."""
+    kinds = (operation.levels for operation in contents.operations if operation.name.endswith(PRODUCTS))
+    return dict(Counter(kind.removeprefix("ui") for kind in kinds if kind in LEVELS[LOOK_UP]))
 
 
 def constants_of(module: Any) -> Iterator[tuple[str, Any]]:
-    """Name and values of every constant.
+    """Name and values of every constant; indices of less than a byte as the bytes that they are packed in.
 
     MLIR's Python keeps the large ones, its resources, to itself (coreai-core 1.0.0b3); its text has them, as
     hexadecimal: four bytes of alignment, then the numbers.
@@ -166,11 +192,14 @@ def constants_of(module: Any) -> Iterator[tuple[str, Any]]:
         stem = graph.attributes["sym_name"].value
         for number, constant in enumerate(one for one in nested(graph) if one.name.endswith(".constant")):
             value, kind = constant.attributes["value"], constant.results[0].type
-            if (resource := REFERENCE.match(str(value))) is None:
-                yield f"{stem}.{number}", np.array(value)
+            element = str(kind.element_type)
+            if resource := REFERENCE.match(str(value)):
+                dtype, shape = ("uint8", -1) if element in PACKED else (NUMPY[element], kind.shape)
+                yield resource[1], np.frombuffer(blobs[resource[1]], dtype).reshape(shape)
+            elif element in PACKED:  # coreai-core 1.0.0b3 would end the process
+                raise ValueError(f"{kind} is none of its resources")
             else:
-                dtype = np.dtype(NUMPY[str(kind.element_type)])
-                yield resource[1], np.frombuffer(blobs[resource[1]], dtype).reshape(kind.shape)
+                yield f"{stem}.{number}", np.array(value)
 
 
 def nested(operation: Any) -> Iterator[Any]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError, ShapeError
+from castling_deploy.export.coreai_palette import RESOURCE, looked_up
 from castling_deploy.export.half_network import in_half
 from castling_deploy.export.scopes import REDUCTIONS, inside, kind, module_stack
 from castling_deploy.export.torch_int8 import in_8_bits
+from castling_deploy.export.torch_palette import LOOK_UP
 from castling_deploy.target import Network, Precision
 
 if TYPE_CHECKING:
@@ -126,6 +129,7 @@ def converted(program: torch.export.ExportedProgram, inputs: tuple[str, ...], ou
 
     converter = TorchConverter(mode=TorchConverter.Mode.RELEASE)
     converter.register_torch_lowering(DEQUANTISE)(dequantised)
+    converter.register_torch_lowering(f"{LOOK_UP}.default")(partial(looked_up, program))
     try:
         converter.add_exported_program(program, input_names=inputs, output_names=outputs)
         return reproducible(converter.to_coreai())
@@ -159,7 +163,7 @@ def reproducible(program: Any) -> Any:
 
     module = program._module._mlir_module
     text: str = module.operation.get_asm(enable_debug_info=False)
-    text = numbered(text, r"resource_\d{5,}", "weight")
+    text = numbered(text, rf"resource_\d{{5,}}|{RESOURCE}(?:_\d+)?", "weight")
     for stem in sorted(set(re.findall(r"coreai\.graph private [^@]*@(\w+)_[a-z]{8}\(", text))):
         text = numbered(text, rf"(?<=@){stem}_[a-z]{{8}}\b", stem)
     return AIProgram._from_mlir_module(Module.parse(text, context=module.context))

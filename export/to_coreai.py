@@ -14,11 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 from castling_deploy.eight_bits import Activations, Quantisation
 from castling_deploy.errors import ExportError
-from castling_deploy.export.attesting import PRECISIONS, attestation
-from castling_deploy.export.coreai_asset import NUMPY, OURS, AssetContents, counts, read_asset, write_asset
+from castling_deploy.export.attesting import PRECISIONS, attestation, require_8_bits
+from castling_deploy.export.coreai_asset import (
+    NUMPY,
+    OURS,
+    PRODUCTS,
+    AssetContents,
+    counts,
+    look_up_tables,
+    product_types,
+    read_asset,
+    write_asset,
+)
 from castling_deploy.export.coreai_program import FUNCTION, Wide, converted, exported_program, wide_in
 from castling_deploy.export.coreai_session import CoreAISession
 from castling_deploy.facts import stating
+from castling_deploy.palette import require_bits
 from castling_deploy.target import (
     Artifact,
     Attestation,
@@ -41,7 +52,6 @@ PACKAGES = {"coreai-core": "1.0.0b3", "coreai-torch": "0.4.3"}
 FIX = "pip install 'castling-deploy[coreai]'"
 DTYPES = {Precision.FP32: "float32", Precision.FP16: "float16", Precision.INT8: "float16"}  # computed in
 KNOWN = frozenset({*DTYPES.values(), "int8"})
-PRODUCTS = ("matmul", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 SLOW_IMAGES = 12  # with the structured probes about 25 inputs, 7 to 20 s
 STATISTICS = frozenset({"layer_norm"})  # coreai-torch computes their mean and variance in float32
 
@@ -90,7 +100,16 @@ def run(folder, inputs):
 
 @dataclass(frozen=True)
 class CoreAIOptions:
-    """There is nothing to choose: shapes are fixed, and the device decides where it runs."""
+    """Shapes are fixed, and the device decides where it runs.
+
+    `palettise` is for int8: weights in a look-up table for each, by an index of so many bits, instead of in levels.
+    Raises UsageError for other bits.
+    """
+
+    palettise: int | None = None
+
+    def __post_init__(self) -> None:
+        require_bits(self.palettise)
 
     @property
     def form(self) -> Quantisation:
@@ -221,7 +240,7 @@ def installed_version(package: str) -> str | None:
 def check(contents: AssetContents, network: Network, precision: Precision, wide: Wide) -> None:
     """Raises ExportError unless the asset has the network's interface, and all its arithmetic the precision asked for.
 
-    As many products as the network has Linears in 8 bits have int8 weights. The border may cast, and a norm may keep
+    As many products as the network has Linears in 8 bits have such weights. The border may cast, and a norm may keep
     its statistics in float32. Where a float16 network has islands, as many products as `wide` has are float32, and no
     value changes its type but at its casts: what coreai-torch had widened by itself would have casts of its own. A
     part of a network may have no product.
@@ -250,11 +269,7 @@ def check(contents: AssetContents, network: Network, precision: Precision, wide:
         raise ExportError(
             f"{precision} was asked for, and not built: {found or 'there is no product'}", hint="report this network"
         )
-    in_8_bits = len(network.quantisation.ranges) if network.quantisation else 0
-    if sum(operation.on_int8 for operation in products) != in_8_bits:
-        raise ExportError(
-            f"{in_8_bits} Linears were to have int8 weights, and not all have", hint="report this network"
-        )
+    require_8_bits(network, product_types(contents), look_up_tables(contents))
     interface = [(spec.name, mlir_type(spec.shape)) for spec in (*network.inputs, *network.outputs)]
     if [*contents.inputs, *contents.outputs] != interface:
         raise ExportError(f"the asset's interface is {[*contents.inputs, *contents.outputs]}, not {interface}")
@@ -271,16 +286,6 @@ def declared(mlir: str) -> tuple[str, tuple[int, ...]]:
     return NUMPY.get(element, element), tuple(-1 if size == "?" else int(size) for size in sizes)
 
 
-def product_types(contents: AssetContents) -> Counter[str]:
-    """Products by numpy's name of the type that they are in, or "int8" where their weights are; by both where one mixes
-    two."""
-    return Counter(
-        "int8" if operation.on_int8 else " and ".join(sorted(operation.floats))
-        for operation in contents.operations
-        if operation.name.endswith(PRODUCTS)
-    )
-
-
 def facts(contents: AssetContents, precision: Precision) -> dict[str, Any]:
     """What the report says about the asset."""
     norms = sum(operation.graph == FUNCTION and operation.name == "invoke" for operation in contents.operations)
@@ -289,6 +294,7 @@ def facts(contents: AssetContents, precision: Precision) -> dict[str, Any]:
         "products": {PRECISIONS.get(name, name): count for name, count in sorted(product_types(contents).items())},
         "composites": norms,
         "operations": counts(contents),
+        "look_up_tables": look_up_tables(contents),
         "notes": ["a LayerNorm's mean and variance are float32"]
         if precision is not Precision.FP32 and any(operation.graph in STATISTICS for operation in contents.operations)
         else [],
