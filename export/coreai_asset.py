@@ -26,7 +26,7 @@ NUMPY = {  # MLIR's names of what a resource may hold
     **{"f16": "float16", "f32": "float32", "f64": "float64", "i1": "bool"},
     **{f"{sign}i{bits}": f"{full}int{bits}" for sign, full in (("s", ""), ("u", "u")) for bits in (8, 16, 32, 64)},
 }
-PACKED = frozenset(f"ui{bits}" for bits in BITS if bits < 8)  # numpy has no type for them
+PACKED = frozenset(f"{sign}i{bits}" for sign in "su" for bits in range(1, 8))  # numpy has no type for them
 RESOURCE = re.compile(r'^ +(\w+): "0x([0-9A-F]*)"', re.MULTILINE)
 REFERENCE = re.compile(r"dense_resource<(\w+)>")
 DEQUANTISE, LOOK_UP, TRANSPOSE = "coreai.blockwise_shift_scale", "coreai.lut_to_dense", "coreai.transpose"
@@ -179,7 +179,7 @@ def look_up_tables(contents: AssetContents) -> dict[str, int]:
 
 
 def constants_of(module: Any) -> Iterator[tuple[str, Any]]:
-    """Name and values of every constant; indices of less than a byte as the bytes that they are packed in.
+    """Name and values of every constant; numbers of less than a byte as the bytes that they are packed in.
 
     MLIR's Python keeps the large ones, its resources, to itself (coreai-core 1.0.0b3); its text has them, as
     hexadecimal: four bytes of alignment, then the numbers.
@@ -197,7 +197,7 @@ def constants_of(module: Any) -> Iterator[tuple[str, Any]]:
                 dtype, shape = ("uint8", -1) if element in PACKED else (NUMPY[element], kind.shape)
                 yield resource[1], np.frombuffer(blobs[resource[1]], dtype).reshape(shape)
             elif element in PACKED:  # coreai-core 1.0.0b3 would end the process
-                raise ValueError(f"{kind} is none of its resources")
+                raise ValueError(f"a constant of {kind} is not among its resources")
             else:
                 yield f"{stem}.{number}", np.array(value)
 

@@ -113,7 +113,7 @@ class CoreAIOptions:
 
     @property
     def form(self) -> Quantisation:
-        return Quantisation({}, Activations.FLOAT16)
+        return Quantisation({}, Activations.FLOAT16, palette=self.palettise)
 
 
 class CoreAITarget:

@@ -123,4 +123,5 @@ def test_the_form_of_levels_is_that_of_the_options() -> None:
     assert form("onnx", weight_bits=4) == (Activations.FLOAT32, 4, None)
     assert form("executorch", weight_bits=4) == (Activations.PER_TOKEN, 4, None)
     assert form("tensorrt") == (Activations.INT8, 8, None)
-    assert form("coreml", palettise=6) == (Activations.FLOAT16, 8, 6)
+    for target in ("coreml", "coreai"):
+        assert form(target, palettise=6) == (Activations.FLOAT16, 8, 6)

@@ -55,7 +55,7 @@ class Exported:
 def in_tables(network: Network, bits: int | None) -> Network:
     """Every Linear by so many bits, or in levels, those of an island too."""
     paths = [path for path, module in network.module.named_modules() if isinstance(module, nn.Linear)]
-    return replace(network, quantisation=Quantisation(dict.fromkeys(paths, (0.0, 0.0)), Activations.FLOAT, {}, bits))
+    return replace(network, quantisation=Quantisation(dict.fromkeys(paths, (0.0, 0.0)), Activations.FLOAT16, {}, bits))
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_indices_that_are_no_resource_are_an_error_and_not_the_end_of_the_proces
       %0 = coreai.constant dense<3> : tensor<2x2xui4>
       coreai.output %0 : tensor<2x2xui4>
     }"""
-    with Context(), pytest.raises(ValueError, match="is none of its resources"):
+    with Context(), pytest.raises(ValueError, match="not among its resources"):
         list(constants_of(Module.parse(text)))
 
 
