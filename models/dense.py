@@ -150,7 +150,9 @@ class DenseFamily:
             BACKBONE.rstrip("."): self.trunk.backbone(config.backbone),
             **config.head.parts(channels, scaling, config.classes),
         }
-        return nn.Sequential(OrderedDict(parts))
+        network = nn.Sequential(OrderedDict(parts))
+        network.config = config  # type: ignore[assignment]  # no tensor or module
+        return network
 
     def outputs(self, config: DenseConfig) -> tuple[Output, ...]:
         return config.head.outputs(config.classes, config.image_size)

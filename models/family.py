@@ -67,7 +67,11 @@ class ModelFamily(Protocol):
         how many tokens there are, not how high and wide their grid is."""
 
     def build(self, config: Any) -> nn.Module:
-        """The network in training form, with fresh weights; `strict` loading of the family's tensors succeeds."""
+        """The network in training form, with fresh weights; `strict` loading of the family's tensors succeeds.
+
+        Its attribute `config` is the configuration: what no tensor tells (the image size) is known of it when it is
+        saved or exported.
+        """
 
     def outputs(self, config: Any) -> tuple[Output, ...]:
         """What the network returns, in order; their meaning is that of `task` (castling_deploy.task)."""
