@@ -59,6 +59,7 @@ COVERED = {
     "norm without its axis": (Calls(lambda x: torch.linalg.vector_norm(x, dim=3)), aten.linalg_vector_norm.default),
     "mean over tokens": (Calls(lambda x: x.mean(2)), aten.mean.dim),
     "mean that keeps its axis": (Calls(lambda x: x.mean(-3, keepdim=True)), aten.mean.dim),
+    "mean of a map": (Calls(lambda x: x.mean((-1, 2), keepdim=True)), aten.mean.dim),
     "select": (Calls(lambda x: x[:, 0]), aten.select.int),
     "select from the end": (Calls(lambda x: x[..., -2, :]), aten.select.int),
 }
@@ -108,7 +109,9 @@ UNCOVERED = {
     "norm over all": Calls(torch.linalg.vector_norm),
     "LayerNorm over two axes": Calls(lambda x: F.layer_norm(x, (10, 12))),
     "RMSNorm over two axes": Calls(lambda x: F.rms_norm(x, (10, 12), eps=1e-6)),
-    "mean over two axes": Calls(lambda x: x.mean((2, 3))),
+    "mean over two axes that go": Calls(lambda x: x.mean((2, 3))),
+    "mean over two other axes": Calls(lambda x: x.mean((1, 2), keepdim=True)),
+    "mean of a map of one row": Calls(lambda x: x[:, :, :1].mean((2, 3), keepdim=True)),
     "mean over all": Calls(lambda x: x.mean()),
     "3x3 depthwise convolution": Calls(lambda x, w: F.conv2d(x, w, groups=3), random(3, 1, 3, 3)),
     "dense column convolution": Calls(lambda x, w: F.conv2d(x, w), random(4, 3, 9, 1)),
