@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from castling_deploy.reading.torch_file import read_torch_file
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Named tensors of a file or folder (`sha256` None: of neither).
+    """Named tensors of a file or folder (`sha256` None: of neither), in float32; a NaN may be among them.
 
     `peeled` says which wrappers were taken off, `dropped` which entries are no weights, `card` what the file says of
     itself (unchecked, see card.py), `prefix` under which names the network is, where the user said so. The `sha256` of
@@ -111,18 +112,22 @@ def _as_float32(name: str, value: torch.Tensor, path: Path) -> torch.Tensor:
             f"tensor '{name}' in '{path}' is {str(value.dtype).removeprefix('torch.')}, not floating point",
             hint="export the checkpoint as it was before quantisation",
         )
-    try:
-        value = value.detach().float().contiguous()
+    with suppress(NotImplementedError, RuntimeError):  # float4 cannot be converted
+        if value.layout is torch.strided and not (value.is_meta or value.is_nested):
+            return value.detach().float().contiguous()
+    raise CheckpointError(
+        f"tensor '{name}' in '{path}' is a {value.layout} {value.dtype} on {value.device} that cannot be read",
+        hint="save dense tensors on the CPU: model.cpu().state_dict()",
+    )
+
+
+def require_finite(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Raises CheckpointError for a weight that is NaN or infinite. What lies beside a network may well be: the best
+    score so far of a trainer, a metric of no images."""
+    for name, value in tensors.items():
         finite = torch.isfinite(value)
-    except (NotImplementedError, RuntimeError):  # sparse, meta, float4, ...
-        raise CheckpointError(
-            f"tensor '{name}' in '{path}' is a {value.layout} {value.dtype} on {value.device} that cannot be read",
-            hint="save dense tensors on the CPU: model.cpu().state_dict()",
-        ) from None
-    if not finite.all():
-        count = int((~finite).sum())
-        raise CheckpointError(
-            f"tensor '{name}' in '{path}' has {count} values that are NaN or infinite",
-            hint="the training diverged, or the file is damaged; use an earlier checkpoint",
-        )
-    return value
+        if not finite.all():
+            raise CheckpointError(
+                f"tensor '{name}' in '{path}' has {int((~finite).sum())} values that are NaN or infinite",
+                hint="the training diverged, or the file is damaged; use an earlier checkpoint",
+            )

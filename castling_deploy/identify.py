@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from castling_deploy.checkpoint import Checkpoint
+from castling_deploy.checkpoint import Checkpoint, require_finite
 from castling_deploy.errors import CheckpointError, UsageError
 from castling_deploy.models.family import (
     FAMILIES,
@@ -81,12 +81,12 @@ def identify(
     `model` is what the caller believes the network to be (a family, a variant or a bundled name); `image_size`
     overrides the checkpoint's (height, width); `init_dconv` takes a softmax network as one whose token convolutions
     are zero, with a warning; `told` is what the user says of the file. Raises CheckpointError when a tensor is missing,
-    left over or of the wrong shape.
+    left over, of the wrong shape, or not finite.
     """
     facts = _with_told(stated(checkpoint.card), told)
     softmax = model is not None and names_baseline(model)
     found = network_in(checkpoint.tensors, softmax or init_dconv is not None, checkpoint.prefix)
-    in_file = len(checkpoint.tensors) - len(found.left_out)
+    own = {name: value for name, value in checkpoint.tensors.items() if name not in found.left_out}
     checkpoint = replace(
         checkpoint,
         tensors=found.tensors,
@@ -120,6 +120,7 @@ def identify(
     if model is not None and model not in (name, published, family.name, family.baseline):
         _refuse(model, name)
     network = _load(family, config, tensors, checkpoint)
+    require_finite(own, checkpoint.path)  # in the file's names, once they are known to be the network's
     if facts.classes not in (None, config.classes):
         raise CheckpointError(
             f"'{checkpoint.path}' says it has {facts.classes} classes, its tensors have {config.classes}",
@@ -144,7 +145,7 @@ def identify(
         checkpoint_path=checkpoint.path.name,
         checkpoint_sha256=checkpoint.sha256,
         peeled=checkpoint.peeled,
-        loaded=in_file,
+        loaded=len(own),
         dropped=checkpoint.dropped,
         init_dconv=init_dconv,
         told=told,

@@ -38,6 +38,15 @@ def identified(tensors: Tensors, folder: Path, **options: Any) -> Any:
 FOUND: dict[str, tuple[str, Tensors, str]] = {
     "Lightning with a weighted criterion": ("deit", {**under("model.", small("deit")), **STRAY}, "model."),
     "a teacher of another kind": ("levit", {**under("student.", small("levit")), **REGNET}, "student."),
+    "a metric of no images and a diverged teacher": (
+        "deit",
+        {
+            **under("student.", small("deit")),
+            **{name: torch.full_like(value, float("nan")) for name, value in REGNET.items()},
+            "accuracy.per_class": torch.full((10,), float("inf")),
+        },
+        "student.",
+    ),
     "a softmax teacher": (
         "deit",
         {**under("student.", small("deit")), **under("teacher.", small("deit-softmax"))},
@@ -96,7 +105,12 @@ def test_a_softmax_network_fits_where_it_is_asked_for(tmp_path: Path) -> None:
         identified(tensors, tmp_path, model="deit")
 
 
+NAN = {"norm.weight": torch.full((32,), float("nan"))}
 REFUSED = {
+    "a diverged network": (
+        {**under("model.", small("deit")), **{f"model.{name}": value for name, value in NAN.items()}},
+        "tensor 'model.norm.weight' in .* has 32 values that are NaN",
+    ),
     "without its head": (without(under("model.", small("deit")), "head.weight"), r"no tensor 'head.weight'"),
     "almost a network": (without(under("model.", small("deit")), "pos_embed"), r"Castling-DeiT, also has pos_embed$"),
     "a softmax network": (under("model.", small("deit-softmax")), "softmax network with the names of Castling-DeiT"),
