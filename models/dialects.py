@@ -12,10 +12,12 @@ from castling_deploy.models.foreign_names import (
     facebook_levit,
     facebook_mvit,
     is_pointwise,
+    reads_class_token_alone,
     refuse_shared_queries,
     renamed,
     stacked,
     transformers_levit,
+    with_empty_distillation_head,
     without_unit_axes,
 )
 from castling_deploy.models.fused_levit import is_fused, with_neutral_norms
@@ -48,6 +50,7 @@ def in_our_names(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]]:
 
 # In this order: what one leaves, the next may translate.
 DIALECTS = (
+    Dialect("its only head doubled, beside one of zeros", reads_class_token_alone, with_empty_distillation_head),
     Dialect(
         "names of transformers DeiT",
         lambda tensors: "deit.embeddings.cls_token" in tensors,

@@ -1,4 +1,5 @@
-"""Other people's names for the same tensors, mapped to ours (timm's). No value changes; shapes lose axes of size 1.
+"""Other people's names for the same tensors, mapped to ours (timm's). No value changes (but where a single head is two
+of ours), shapes lose axes of size 1.
 
 The tables were read off facebookresearch/deit, LeViT (levit.py, levit_c.py) and mvit, huggingface/transformers
 (modeling_deit.py, modeling_vit.py, modeling_levit.py of 4.x and 5.x) and timm (levit.py, mvitv2.py).
@@ -73,6 +74,20 @@ TRANSFORMERS_DEIT = substituted(
         r"distillation_classifier\.": "head_dist.",
     }
 )
+
+
+def reads_class_token_alone(tensors: Tensors) -> bool:
+    """Whether it is transformers' DeiTForImageClassification, which has a distillation token and no head for it."""
+    return {"deit.embeddings.distillation_token", "classifier.weight"} <= tensors.keys()
+
+
+def with_empty_distillation_head(tensors: Tensors) -> Tensors:
+    """DeiT's logits are the mean of two heads': to the bit, those of one head alone are its double's and of nothing."""
+    head = {name: value for name, value in tensors.items() if name.startswith("classifier.")}
+    found = {name: value for name, value in tensors.items() if name not in head}
+    for name, value in head.items():
+        found |= {f"cls_{name}": 2 * value, f"distillation_{name}": torch.zeros_like(value)}
+    return found
 
 
 TRANSFORMERS_LEVIT = substituted(

@@ -208,6 +208,20 @@ def test_a_network_under_foreign_names_computes_what_it_did(name: str, tmp_path:
     assert card.peeled == peeled
 
 
+def test_transformers_deit_of_one_head_computes_that_heads_logits(tmp_path: Path) -> None:
+    """DeiTForImageClassification has a distillation token, which the other tokens see, and reads the class token."""
+    network = conditioned(CastlingDeiT(SMALL_DISTILLED))
+    names = substituted(transformers_deit_on_disk(network.state_dict()), (r"^cls_classifier\.", "classifier."))
+    torch.save({name: names[name] for name in names if "distillation_classifier" not in name}, tmp_path / "c.pth")
+    loaded, card = identify(read(tmp_path / "c.pth"), image_size=SMALL_DISTILLED.image_size)
+    logits: list[torch.Tensor] = []
+    network.get_submodule("head").register_forward_hook(lambda module, inputs, output: logits.append(output))
+    x = torch.randn(2, 3, *SMALL_DISTILLED.image_size)
+    network(x)
+    assert torch.equal(loaded(x), logits[0])
+    assert card.peeled[0] == "its only head doubled, beside one of zeros"
+
+
 def test_facebooks_levit_is_numbered_as_published() -> None:
     """Depths (2, 1, 3): four residual layers, then downsampling 4 and its Mlp 5, and so on."""
     names = facebook_levit(LEVIT.state_dict())
