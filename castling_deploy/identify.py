@@ -126,6 +126,14 @@ def identify(
             f"'{checkpoint.path}' says it has {facts.classes} classes, its tensors have {config.classes}",
             hint="mend the number of classes in the file's metadata or config.json",
         )
+    heads = getattr(
+        config, "heads", None
+    )  # one number for all blocks in DeiT alone, where no tensor of softmax tells it
+    if isinstance(heads, int) and facts.heads not in (None, heads):
+        raise CheckpointError(
+            f"'{checkpoint.path}' says its attention has {facts.heads} heads, its tensors are read with {heads}",
+            hint="mend the number in config.json; softmax with heads of another width than the published is not read",
+        )
     if facts.labels is not None and len(facts.labels) != config.classes:
         raise CheckpointError(
             f"'{checkpoint.path}' names {len(facts.labels)} labels for {config.classes} classes",

@@ -131,6 +131,29 @@ def test_transformers_config_gives_labels_and_a_warning_for_another_eps(tmp_path
     assert card.labels is None and card.warnings == ()
 
 
+def test_transformers_preprocessor_gives_the_normalisation(tmp_path: Path) -> None:
+    """As ViTImageProcessor writes it: a ViT of transformers has halves where a DeiT has ImageNet's numbers."""
+    images = {"do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.25, 0.5], "resample": 2}
+    folder_of(tmp_path, {"model_type": "vit"})
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
+    _, card = identify(read(tmp_path))
+    assert (card.preprocessing.mean, card.preprocessing.std) == ((0.5, 0.5, 0.5), (0.5, 0.25, 0.5))
+    assert card.assumed == ("aux_threshold",)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**images, "do_normalize": False}))
+    assert identify(read(tmp_path))[1].assumed == ("aux_threshold", "mean", "std")
+
+
+def test_heads_that_no_tensor_tells_are_those_of_the_config_or_it_is_refused(tmp_path: Path) -> None:
+    """A softmax DeiT of 128 channels is read with two heads of 64, as all published ones; this one has four."""
+    save_file(small("deit-softmax").state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2}))
+    assert identify(read(tmp_path), model="deit")[1].config.heads == 2
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
+    with pytest.raises(CheckpointError, match="says its attention has 4 heads, its tensors are read with 2"):
+        identify(read(tmp_path), model="deit")
+    assert identify(read(tmp_path), init_dconv="zero")[1].config.heads == 4
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -1,4 +1,5 @@
-"""A folder as model hubs lay it out: a config.json, and the weights in one file or in shards with an index."""
+"""A folder as model hubs lay it out: a config.json, the weights in one file or in shards with an index, and maybe what
+transformers does to images."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 @dataclass(frozen=True)
 class Folder:
     """The weight files in the order of their names; `weight_map` says which file holds which tensor, where there are
-    shards; `card` is what config.json says, in the words of card.py."""
+    shards; `card` is what config.json says, and what images need, in the words of card.py."""
 
     files: tuple[Path, ...]
     weight_map: Mapping[str, str] | None
@@ -43,7 +44,10 @@ class Folder:
 
 def listed(path: Path) -> Folder:
     """What the folder at `path` holds; no tensor is read. Raises CheckpointError."""
-    config = _json(path / "config.json") if (path / "config.json").exists() else {}
+    config, images = (
+        _json(path / name) if (path / name).exists() else {} for name in ("config.json", "preprocessor_config.json")
+    )
+    card = card_of(config, images)
     name = next((name for name in WEIGHTS if (path / name).exists()), None)
     if name is None:
         raise CheckpointError(
@@ -51,7 +55,7 @@ def listed(path: Path) -> Folder:
             hint="name the checkpoint file inside it, or a folder as timm and transformers save it",
         )
     if not name.endswith(".index.json"):
-        return Folder((path / name,), None, card_of(config))
+        return Folder((path / name,), None, card)
     weight_map = _json(path / name).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise CheckpointError(f"'{path / name}' has no 'weight_map'", hint="copy the index file again")
@@ -64,17 +68,21 @@ def listed(path: Path) -> Folder:
         if not (path / shard).is_file():
             raise CheckpointError(f"the shard '{path / shard}' is missing", hint="copy all files of the folder")
     shards = tuple(path / shard for shard in sorted(set(weight_map.values())))
-    return Folder(shards, weight_map, card_of(config))
+    return Folder(shards, weight_map, card)
 
 
-def card_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts of timm's or transformers' config.json in the words of card.py; None where it is silent."""
+def card_of(config: Mapping[str, Any], images: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of timm's or transformers' config.json in the words of card.py; None where it is silent.
+
+    `images` is transformers' preprocessor_config.json, of which the normalisation is read.
+    """
     pretrained = config.get("pretrained_cfg")
     pretrained = pretrained if isinstance(pretrained, Mapping) else {}
     arguments = config.get("model_args")
     arguments = arguments if isinstance(arguments, Mapping) else {}
     input_size = pretrained.get("input_size")  # timm: channels, height, width
     size = arguments.get("img_size") or (input_size[1:] if isinstance(input_size, list) else config.get("image_size"))
+    normalised = images if images.get("do_normalize", True) else {}
     heads = config.get("num_attention_heads")  # transformers' LeViT: one per stage, as shapes tell too
     return {
         "architecture": config.get("architecture"),
@@ -82,8 +90,8 @@ def card_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "heads": heads if isinstance(heads, int) else None,
         "layer_norm_eps": config.get("layer_norm_eps"),
         "image_size": [size, size] if isinstance(size, int) else size,
-        "mean": pretrained.get("mean"),
-        "std": pretrained.get("std"),
+        "mean": pretrained.get("mean") or normalised.get("image_mean"),
+        "std": pretrained.get("std") or normalised.get("image_std"),
         "crop_fraction": pretrained.get("crop_pct"),
         "resize_kernel": pretrained.get("interpolation"),
         "labels": config.get("label_names") or pretrained.get("label_names") or _labels(config.get("id2label")),
