@@ -12,6 +12,7 @@ import torch
 from networks import small
 from safetensors.torch import save_file
 
+from castling_deploy import bundled
 from castling_deploy.checkpoint import read
 from castling_deploy.errors import CheckpointError
 from castling_deploy.identify import identify
@@ -141,6 +142,15 @@ def test_transformers_preprocessor_gives_the_normalisation(tmp_path: Path) -> No
     assert card.assumed == ("aux_threshold",)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**images, "do_normalize": False}))
     assert identify(read(tmp_path))[1].assumed == ("aux_threshold", "mean", "std")
+
+
+def test_another_activation_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bundled.checkpoint_path("castling-deit-digits").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_act": "gelu_new"}))
+    with pytest.raises(CheckpointError, match="'gelu_new' for an activation"):
+        read(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_act": "gelu"}))
+    read(tmp_path)
 
 
 def test_heads_that_no_tensor_tells_are_those_of_the_config_or_it_is_refused(tmp_path: Path) -> None:

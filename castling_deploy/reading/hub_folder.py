@@ -74,8 +74,15 @@ def listed(path: Path) -> Folder:
 def card_of(config: Mapping[str, Any], images: Mapping[str, Any]) -> dict[str, Any]:
     """The facts of timm's or transformers' config.json in the words of card.py; None where it is silent.
 
-    `images` is transformers' preprocessor_config.json, of which the normalisation is read.
+    `images` is transformers' preprocessor_config.json, of which the normalisation is read. Raises CheckpointError for
+    another activation than GELU.
     """
+    activation = config.get("hidden_act", "gelu")  # transformers' ViT and DeiT; no tensor tells it
+    if activation != "gelu":
+        raise CheckpointError(
+            f"config.json says the MLPs have '{str(activation)[:40]}' for an activation, and they are read with GELU",
+            hint="no such network is known here",
+        )
     pretrained = config.get("pretrained_cfg")
     pretrained = pretrained if isinstance(pretrained, Mapping) else {}
     arguments = config.get("model_args")
