@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError
 from castling_deploy.export.attesting import attestation
-from castling_deploy.export.onnx_half import inferred
+from castling_deploy.export.onnx_types import inferred
 from castling_deploy.target import Artifact, Attestation, Precision
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from castling_deploy.errors import ExportError
 from castling_deploy.export.binary16 import fits
+from castling_deploy.export.onnx_types import inferred
 from castling_deploy.export.scopes import inside, module_of
 
 if TYPE_CHECKING:
@@ -44,16 +44,6 @@ def half(model: onnx.ModelProto, islands: Sequence[str] = ()) -> onnx.ModelProto
         )
     )
     return inferred(result)
-
-
-def inferred(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with a type and a shape for every tensor. Raises ExportError when an operator's types do not agree."""
-    import onnx
-
-    try:
-        return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
-    except onnx.shape_inference.InferenceError as error:
-        raise ExportError(f"the graph is not well typed: {error}", hint="report this network") from error
 
 
 class _Rewriting:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from castling_deploy.errors import ExportError
-from castling_deploy.export.onnx_half import inferred
+from castling_deploy.export.onnx_types import inferred
 from castling_deploy.target import Witness, WitnessKind
 
 if TYPE_CHECKING:

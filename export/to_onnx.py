@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from castling_deploy.eight_bits import Activations, Quantisation, require_weight_bits
 from castling_deploy.errors import ExportError, UsageError
 from castling_deploy.export import onnx_attest, onnx_nms
-from castling_deploy.export.onnx_half import half, inferred
+from castling_deploy.export.onnx_half import half
 from castling_deploy.export.onnx_int8 import in_8_bits
 from castling_deploy.export.onnx_norms import with_lp_norms
 from castling_deploy.export.onnx_session import OnnxSession
+from castling_deploy.export.onnx_types import checked, inferred
 from castling_deploy.export.onnx_unbatched import unbatched
 from castling_deploy.facts import stating
 from castling_deploy.suggest import did_you_mean
@@ -239,8 +240,6 @@ def onnx_model(
 
     Raises ExportError, and UsageError for `nms` and a network that is no detector.
     """
-    import onnx
-
     program = exported_program(network, dynamic=dynamic)
     model = translated(program, network, opset)
     if not dynamic and all(spec.shape[0] == 1 for spec in network.inputs):
@@ -253,11 +252,7 @@ def onnx_model(
     check(model, precision, softmaxes=softmaxes, part=network.part)
     if nms:
         model = inferred(onnx_nms.with_boxes(model, network))
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except onnx.checker.ValidationError as error:
-        raise ExportError(f"torch wrote an invalid ONNX graph: {error}", hint="try another --opset") from error
-    return model
+    return checked(model)
 
 
 def exported_program(network: Network, *, dynamic: bool) -> torch.export.ExportedProgram:

@@ -14,7 +14,7 @@ from folded_networks import folded_network, images_for
 from networks import SMALL
 from onnx.reference import ReferenceEvaluator
 
-from castling_deploy.export.onnx_half import inferred
+from castling_deploy.export.onnx_types import inferred
 from castling_deploy.export.onnx_unbatched import unbatched
 from castling_deploy.export.to_onnx import exported_program, onnx_model, translated
 from castling_deploy.target import Network, Precision
