@@ -6,23 +6,23 @@ import ast
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from castling_deploy.eight_bits import Activations, Quantisation, require_weight_bits
+from castling_deploy.eight_bits import Activations
 from castling_deploy.errors import ExportError, UsageError
 from castling_deploy.export import onnx_attest, onnx_nms
 from castling_deploy.export.onnx_half import half
 from castling_deploy.export.onnx_int8 import in_8_bits
 from castling_deploy.export.onnx_norms import with_lp_norms
+from castling_deploy.export.onnx_options import OnnxOptions
 from castling_deploy.export.onnx_session import OnnxSession
 from castling_deploy.export.onnx_types import checked, inferred
 from castling_deploy.export.onnx_unbatched import unbatched
 from castling_deploy.facts import stating
-from castling_deploy.suggest import did_you_mean
 from castling_deploy.target import (
     Artifact,
     Attestation,
@@ -44,11 +44,8 @@ if TYPE_CHECKING:
 
 FILE = "model.onnx"
 BATCH = "batch"  # the name of a dynamic batch axis
-OPSETS = range(20, 26)  # what torch 2.13 writes directly; ONNX Runtime 1.32 and TensorRT-RTX 1.7.1 read them all
-LATER_LEVELS = 21  # the first opset that has levels of 16 and of 4 bits, and scales for groups
 LARGEST_FILE = 2**31 - 1  # bytes in one protobuf message
 
-ACTIVATIONS = (Activations.UINT8, Activations.UINT16, Activations.FLOAT32)
 
 LEFTOVERS = frozenset({"BatchNormalization", "Dropout", "Identity"})
 
@@ -107,63 +104,6 @@ def run(folder, inputs):
     return dict(zip(names, session.run(names, inputs)))
 
 """
-
-
-def require_opset(opset: int) -> None:
-    """Raises UsageError for an opset that the networks are not written in."""
-    if opset not in OPSETS:
-        reason = (
-            "GELU is one operator from opset 20 on; before, torch writes five, which ONNX Runtime does not fuse"
-            if opset < OPSETS.start
-            else "torch writes no newer one directly"
-        )
-        raise UsageError(
-            f"opset {opset} cannot be exported: {reason}", hint=f"use --opset {OPSETS.start} to {OPSETS.stop - 1}"
-        )
-
-
-@dataclass(frozen=True)
-class OnnxOptions:
-    """`opset` of the standard operators (None: the first that will do); `dynamic` leaves the batch open; `nms` adds
-    boxes to a detector's outputs. In int8, `activations` are uint8, which CPUs are fast with, uint16, which Qualcomm's
-    NPU takes, or float32: weights alone are in 8 bits, or in 4 (`weight_bits`), for the smallest file.
-
-    Raises UsageError for a bad opset, and for other levels.
-    """
-
-    opset: int | None = None
-    dynamic: bool = field(default=False, metadata={"whole": "network"})
-    nms: bool = field(default=False, metadata={"task": "detection"})
-    activations: str | None = None  # uint8; with 4 bits, float32
-    weight_bits: int = Quantisation.weight_bits
-
-    def __post_init__(self) -> None:
-        if self.activations not in (None, *ACTIVATIONS):
-            raise UsageError(
-                f"activations of int8 cannot be '{self.activations}'", hint=did_you_mean(self.activations, ACTIVATIONS)
-            )
-        require_weight_bits(self.weight_bits)
-        if self.weight_bits == 4 and self.form.activations is not Activations.FLOAT32:
-            raise UsageError(
-                f"weights of 4 bits are not for {self.activations}", hint="leave out --activations, or --weight-bits"
-            )
-        require_opset(self.written_opset)
-        if self.written_opset < self._oldest:
-            raise UsageError(f"opset {self.opset} has no such levels", hint=f"leave out --opset, or use {self._oldest}")
-
-    @property
-    def form(self) -> Quantisation:
-        usual = Activations.FLOAT32 if self.weight_bits == 4 else Activations.UINT8
-        return Quantisation({}, Activations(self.activations or usual), weight_bits=self.weight_bits)
-
-    @property
-    def written_opset(self) -> int:
-        return self._oldest if self.opset is None else self.opset
-
-    @property
-    def _oldest(self) -> int:
-        later = self.form.activations is Activations.UINT16 or self.weight_bits == 4
-        return LATER_LEVELS if later else OPSETS.start
 
 
 class OnnxTarget:

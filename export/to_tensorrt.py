@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from castling_deploy.eight_bits import Activations, Quantisation
 from castling_deploy.errors import ExportError
 from castling_deploy.export import onnx_attest, tensorrt_build, to_onnx
+from castling_deploy.export.onnx_options import require_opset
 from castling_deploy.export.onnx_session import OnnxSession
 from castling_deploy.export.tensorrt_session import EngineSession
 from castling_deploy.facts import stating
@@ -86,7 +87,7 @@ class TensorRTOptions:
     opset: int = 20
 
     def __post_init__(self) -> None:
-        to_onnx.require_opset(self.opset)
+        require_opset(self.opset)
 
     @property
     def form(self) -> Quantisation:

@@ -24,7 +24,8 @@ from torch import fx, nn
 
 from castling_deploy.errors import ExportError, UsageError
 from castling_deploy.export.half_network import in_half
-from castling_deploy.export.to_onnx import FILE, OnnxOptions, OnnxTarget
+from castling_deploy.export.onnx_options import OnnxOptions
+from castling_deploy.export.to_onnx import FILE, OnnxTarget
 from castling_deploy.localising import trials
 from castling_deploy.localising.diagnosis import Cause, Statistics, absent
 from castling_deploy.localising.localisation import Finding, Localisation

@@ -16,9 +16,9 @@ from torch import nn
 from castling_deploy.eight_bits import GROUP, Activations, Quantisation, weight_groups, weight_levels
 from castling_deploy.errors import UsageError
 from castling_deploy.export.onnx_int8 import pairs
+from castling_deploy.export.onnx_options import OnnxOptions
 from castling_deploy.export.pte_contents import pte_contents
 from castling_deploy.export.to_executorch import packed
-from castling_deploy.export.to_onnx import OnnxOptions
 from castling_deploy.export.xnnpack_payload import read_payload
 from castling_deploy.int8.quantised import QuantisedLinear
 from castling_deploy.target import options_for, target_named

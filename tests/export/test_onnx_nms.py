@@ -23,7 +23,9 @@ from castling_deploy.errors import UsageError
 from castling_deploy.export import onnx_nms
 from castling_deploy.export.onnx_half import half
 from castling_deploy.export.onnx_nms import with_boxes
-from castling_deploy.export.to_onnx import OnnxOptions, OnnxTarget, inferred, onnx_model
+from castling_deploy.export.onnx_options import OnnxOptions
+from castling_deploy.export.onnx_types import inferred
+from castling_deploy.export.to_onnx import OnnxTarget, onnx_model
 from castling_deploy.ladder import run
 from castling_deploy.models.dense import DenseConfig
 from castling_deploy.models.pico_head import output_names

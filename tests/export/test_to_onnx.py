@@ -17,7 +17,8 @@ from folded_networks import folded_network, images_for, logits_of, network_of
 from torch import nn
 
 from castling_deploy.errors import ExportError, UsageError
-from castling_deploy.export.to_onnx import OnnxOptions, OnnxTarget, check, onnx_model
+from castling_deploy.export.onnx_options import OnnxOptions
+from castling_deploy.export.to_onnx import OnnxTarget, check, onnx_model
 from castling_deploy.target import Artifact, Network, Precision, WitnessKind
 
 TESTS = Path(__file__).parents[1]
@@ -108,7 +109,8 @@ def test_same_network_gives_the_same_bytes_in_another_process(exported: Exported
     code = f"""
 import sys; from pathlib import Path; sys.path.insert(0, {str(TESTS)!r})
 from folded_networks import folded_network
-from castling_deploy.export.to_onnx import OnnxOptions, OnnxTarget, Precision
+from castling_deploy.export.onnx_options import OnnxOptions
+from castling_deploy.export.to_onnx import OnnxTarget, Precision
 network = folded_network({exported.network.name!r}, 2)
 OnnxTarget().export(network, Precision({exported.precision.value!r}), OnnxOptions(), Path({str(tmp_path)!r}))
 """
