@@ -220,7 +220,8 @@ def watched(command: list[str]) -> tuple[float, float]:
     """Seconds, and the most bytes that the command and its children held together (shared pages counted once)."""
     started, peak = time.perf_counter(), 0
     with tempfile.TemporaryFile("w+") as told:
-        process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=told)
+        users = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=told, env=users)
         while process.poll() is None:
             peak = max(peak, held(process))
             time.sleep(0.05)

@@ -21,13 +21,15 @@ from castling_deploy.ladder import Ladder
 from castling_deploy.latency import LatencyReport, timed
 from castling_deploy.localising.fault import Suspect, isolated_fault
 from castling_deploy.localising.localisation import Localisation
-from castling_deploy.parity import ParityReport, Verdict
+from castling_deploy.parity import Array, ParityReport, Verdict
 from castling_deploy.progress import Progress
 from castling_deploy.provenance import shared_provenance
 from castling_deploy.quiet import toolchain
 from castling_deploy.request import Request, Step
 from castling_deploy.target import Artifact, Missing, Network, Precision
-from castling_deploy.verification import lowered_rung, measure, verify_artifact
+from castling_deploy.task import Outputs
+from castling_deploy.traces import traced_once
+from castling_deploy.verification import judged_lowering, measure, run_lowered, verify_artifact
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ def made(
                 audit = ladder.range_audit if request.islands and step.in_half else None
                 levels = ladder.in_8_bits.quantisation if ladder.in_8_bits else None
                 network = written.network_for(card, ladder.folded, request.batch_size, audit, levels)
-                artifact = maker.call("export", exported, step, network, folder)
-                lowered = lowered_rung(step.target, network, step.options, ladder, maker.call)
+                artifact, outputs = maker.call("export", exported, step, network, folder, ladder.few.tensors)
+                lowered = judged_lowering(ladder, outputs)
             with progress.stage(f"{name}: verify") as advance:
                 parity = verify_artifact(
                     step.target, artifact, folder, ladder, step.precision, advance, witness.call, lowered
@@ -121,10 +123,12 @@ def settled(result: Result) -> Finish:
     return lambda measured: result
 
 
-def exported(step: Step, network: Network, folder: Path) -> Artifact:
-    """The toolchain's part, which writes into `folder`. Raises ExportError."""
-    with toolchain(step.target.name), shared_provenance():
-        artifact = step.target.export(network, step.precision, step.options, folder)
-    return replace(
-        artifact, details={**artifact.details, "islands": network.islands, "wide_reductions": network.reductions}
-    )
+def exported(step: Step, network: Network, folder: Path, tensors: Array) -> tuple[Artifact, Outputs]:
+    """The toolchain's part, which writes into `folder`, and what its graph computes in float64 on `tensors`. Raises
+    ExportError."""
+    with traced_once():
+        lowered = run_lowered(step.target, network, step.options, tensors)  # before a converter rewrites its graph
+        with toolchain(step.target.name), shared_provenance():
+            artifact = step.target.export(network, step.precision, step.options, folder)
+    details = {**artifact.details, "islands": network.islands, "wide_reductions": network.reductions}
+    return replace(artifact, details=details), lowered

@@ -22,7 +22,7 @@ from castling_deploy.probes import probes_for
 from castling_deploy.progress import Progress, Silent
 from castling_deploy.request import Request, plan
 from castling_deploy.side_by_side import default_jobs, side_by_side
-from castling_deploy.target import refuse_for_task
+from castling_deploy.target import effort_of, refuse_for_task
 from castling_deploy.task import task_named
 
 
@@ -89,4 +89,5 @@ def _made(request: Request, card: ModelCard, ladder: Ladder, progress: Progress)
     tasks = [partial(made, request, step, card, ladder, progress, workers.add) for step in steps]
     weights = sum(tensor.nbytes for tensor in ladder.folded.state_dict().values())
     jobs = request.jobs or default_jobs(weights, len(steps))
-    return Deployment(card, ladder, side_by_side(tasks, jobs, workers, measured=request.benchmark))
+    efforts = [effort_of(step.target) for step in steps]
+    return Deployment(card, ladder, side_by_side(tasks, jobs, workers, measured=request.benchmark, efforts=efforts))

@@ -26,15 +26,23 @@ def default_jobs(weight_bytes: int, count: int) -> int:
 
 
 def side_by_side(
-    tasks: Sequence[Callable[[], Finish]], jobs: int, workers: Workers, *, measured: bool
+    tasks: Sequence[Callable[[], Finish]],
+    jobs: int,
+    workers: Workers,
+    *,
+    measured: bool,
+    efforts: Sequence[float] | None = None,
 ) -> tuple[Result, ...]:
     """The artefacts of `tasks` in order: `jobs` of them made at a time, then measured one by one, alone.
 
+    Those of the largest of `efforts` are begun first, so that none is left to end alone.
     On Ctrl-C their processes are ended, and what was verified by then is kept without being measured.
     """
     results: list[Result] = []
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(task) for task in tasks]
+        order = sorted(range(len(tasks)), key=lambda index: -efforts[index] if efforts else 0)
+        submitted = {index: pool.submit(tasks[index]) for index in order}
+        futures = [submitted[index] for index in range(len(tasks))]
         try:
             finishes = [future.result() for future in futures]
             for finish in finishes:

@@ -254,6 +254,18 @@ class SlowWitness(Protocol):
     images: Mapping[Precision, int]  # real images that the witness can afford; a precision left out: all of them
 
 
+class Laborious(Protocol):
+    """A target that takes longer than others: an optional member of it."""
+
+    effort: float  # s that the bundled network takes to it, verification included, on one core beside another
+
+
+def effort_of(target: Target) -> float:
+    """How long an artefact takes, roughly: for who is begun first."""
+    effort: float = getattr(target, "effort", 0.0)
+    return effort
+
+
 class Options(Protocol):
     """What the options of every target have, beside their fields."""
 

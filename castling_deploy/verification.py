@@ -79,11 +79,17 @@ def parity_report(
 
 def lowered_rung(target: Target, network: Network, options: Any, ladder: Ladder, call: Call = here) -> Rung:
     """What the target's rewrites change: nothing but the rounding of constants. Raises ExportError."""
-    outputs = call("lower", _run_lowered, target, network, options, ladder.few.tensors)
+    return judged_lowering(ladder, call("lower", run_lowered, target, network, options, ladder.few.tensors))
+
+
+def judged_lowering(ladder: Ladder, outputs: Outputs) -> Rung:
+    """The rung of `run_lowered`'s outputs on `ladder.few`."""
     return exact_rung(LOWERED, ladder.exact, outputs, LOWERED_TOLERANCE)
 
 
-def _run_lowered(target: Target, network: Network, options: Any, tensors: Array) -> Outputs:
+def run_lowered(target: Target, network: Network, options: Any, tensors: Array) -> Outputs:
+    """What the graph that `target` hands its converter computes in float64 on `tensors` (P, C, H, W). Raises
+    ExportError."""
     with toolchain(f"{target.name}: lowering"), shared_provenance():
         module = copy.deepcopy(target.lowered(network, options)).double()  # the network shares its tensors
     batch = network.inputs[0].shape[0]

@@ -129,6 +129,7 @@ class CoreAITarget:
     runtime = "coreai"
     selftests: Mapping[str, str] = {"selftest.py": "run_coreai.py"}
     precisions: tuple[Precision, ...] = (Precision.FP16, Precision.FP32, Precision.INT8)
+    effort = 17.0
     options: type[Any] = CoreAIOptions
 
     @property

@@ -141,6 +141,7 @@ class CoreMLTarget:
     extra = "coreml"
     runtime = "coreml"
     precisions: tuple[Precision, ...] = (Precision.FP16, Precision.FP32, Precision.INT8)
+    effort = 15.0
     options: type[Any] = CoreMLOptions
     selftests: Mapping[str, str] = {"selftest.py": "run_coreml.py", "Selftest.swift": "Selftest.swift"}
 

@@ -31,6 +31,7 @@ from castling_deploy.export.xnnpack_patterns import needed_patterns
 from castling_deploy.export.xnnpack_payload import read_payload
 from castling_deploy.facts import stating
 from castling_deploy.target import Artifact, Attestation, Missing, Network, Precision, Session, Witness, WitnessKind
+from castling_deploy.traces import remembered
 
 if TYPE_CHECKING:
     import torch
@@ -124,6 +125,7 @@ class ExecuTorchTarget:
     extra = "executorch"
     runtime = "executorch"
     precisions: tuple[Precision, ...] = (Precision.FP32, Precision.FP16, Precision.INT8)
+    effort = 33.0
     options: type[Any] = ExecuTorchOptions
     selftests: Mapping[str, str] = {"selftest.py": "run_executorch.py", "Selftest.kt": "Selftest.kt"}
 
@@ -145,7 +147,7 @@ class ExecuTorchTarget:
         pass  # every batch can be fixed
 
     def lowered(self, network: Network, options: ExecuTorchOptions) -> nn.Module:
-        return in_xnnpack_forms(traced(replace(network, quantisation=None), Precision.FP32)).module(check_guards=False)
+        return program_of(replace(network, quantisation=None), Precision.FP32).module(check_guards=False)
 
     def export(self, network: Network, precision: Precision, options: ExecuTorchOptions, folder: Path) -> Artifact:
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -164,7 +166,7 @@ class ExecuTorchTarget:
         tools = {package: version(package) for package in ("torch", "executorch")}
         artifact = Artifact((FILE,), network.inputs, network.outputs, tools, ("executorch",), usage)
         told = metadata(stating(network, self.name, precision, options, artifact))
-        program = in_xnnpack_forms(traced(network, precision))
+        program = program_of(network, precision)
         with needed_patterns(program):
             edge = to_edge_transform_and_lower(
                 program,
@@ -219,6 +221,12 @@ def installed_version() -> str | None:
         return version("executorch")
     except PackageNotFoundError:
         return None
+
+
+def program_of(network: Network, precision: Precision) -> torch.export.ExportedProgram:
+    """The graph that the lowering is handed. Raises ShapeError, ExportError."""
+    key = "executorch", id(network.module), precision, network.islands, id(network.quantisation)
+    return remembered(key, lambda: in_xnnpack_forms(traced(network, precision)))
 
 
 def traced(network: Network, precision: Precision) -> torch.export.ExportedProgram:

@@ -34,6 +34,7 @@ from castling_deploy.target import (
     Witness,
     WitnessKind,
 )
+from castling_deploy.traces import remembered
 
 if TYPE_CHECKING:
     import onnx
@@ -197,6 +198,10 @@ def onnx_model(
 
 def exported_program(network: Network, *, dynamic: bool) -> torch.export.ExportedProgram:
     """The graph that torch.export sees. Raises ExportError when it refuses the network."""
+    return remembered(("onnx", id(network.module), network.inputs, dynamic), lambda: _traced(network, dynamic=dynamic))
+
+
+def _traced(network: Network, *, dynamic: bool) -> torch.export.ExportedProgram:
     import torch
 
     if dynamic:  # torch.export takes an axis of 1 for a constant: trace two images

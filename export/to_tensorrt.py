@@ -102,6 +102,7 @@ class TensorRTTarget:
     extra = "tensorrt-rtx"
     runtime = "tensorrt"
     precisions: tuple[Precision, ...] = (Precision.FP16, Precision.FP32, Precision.INT8)
+    effort = 10.0
     options: type[Any] = TensorRTOptions
     selftests: Mapping[str, str] = {"selftest.py": "run_onnxruntime.py"}
 

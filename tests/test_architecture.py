@@ -53,6 +53,7 @@ EXPORT_MAY = {
     "plain",
     "suggest",
     "target",
+    "traces",
     "preprocessing",
     "detection",
     "export",

@@ -15,7 +15,7 @@ from castling_deploy.isolation import IN_PROCESS, Worker, Workers
 from castling_deploy.making import Finish, Result
 from castling_deploy.request import Step
 from castling_deploy.side_by_side import default_jobs, side_by_side
-from castling_deploy.target import Precision, target_named
+from castling_deploy.target import Precision, effort_of, target_named
 
 GIB = 2**30
 
@@ -53,6 +53,22 @@ def test_results_keep_their_order_and_are_measured_one_by_one_when_all_are_made(
     results = side_by_side(tasks, 2, Workers(), measured=True)
     assert [one.step.target.name for one in results] == events == ["onnx", "coreml", "executorch"]
     assert most == 2
+
+
+def test_the_longest_is_begun_first() -> None:
+    begun = []
+
+    def task(name: str) -> Callable[[], Finish]:
+        def make() -> Finish:
+            begun.append(name)
+            return lambda measured: result(name)
+
+        return make
+
+    names = ["onnx", "coreml", "executorch"]
+    efforts = [effort_of(target_named(name)) for name in names]
+    results = side_by_side([task(name) for name in names], 1, Workers(), measured=True, efforts=efforts)
+    assert [one.step.target.name for one in results] == names and begun == ["executorch", "coreml", "onnx"]
 
 
 @pytest.fixture
