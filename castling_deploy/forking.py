@@ -67,6 +67,7 @@ class Server:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
+                env=surroundings_of_workers(),
                 start_new_session=True,
             )
 
@@ -115,6 +116,15 @@ def ready() -> Server | None:
                 _server.close()
             _server = Server(surroundings)
         return _server
+
+
+def surroundings_of_workers() -> dict[str, str]:
+    """The environment that workers are born in: one thread each, unless the user says otherwise.
+
+    Several work side by side. With two threads each on two cores, the bundled network goes to five targets in 50.9 s,
+    with one each in 44.1.
+    """
+    return {"OMP_NUM_THREADS": "1", **os.environ}
 
 
 def forked(connection: int, log: int, folder: Path, environment: dict[str, str]) -> Forked | None:

@@ -29,7 +29,7 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from castling_deploy.errors import CastlingError, CrashError
-from castling_deploy.forking import Forked, forked, ready, searched
+from castling_deploy.forking import Forked, forked, ready, searched, surroundings_of_workers
 from castling_deploy.progress import Advance
 from castling_deploy.quiet import tail
 from castling_deploy.scratch import Scratch
@@ -74,7 +74,10 @@ class Worker:
     def _start(self) -> None:
         self._log = open(self._scratch.path / "log", "w+b")  # noqa: SIM115  # closed in _stop
         ours, theirs = Pipe()
-        environment = {**os.environ, "TMPDIR": str(self._scratch.path)}  # it is killed, and removes nothing by itself
+        environment = {
+            **surroundings_of_workers(),
+            "TMPDIR": str(self._scratch.path),
+        }  # it is killed, and removes nothing by itself
         self._process = forked(theirs.fileno(), self._log.fileno(), self._scratch.path, environment)
         self._process = self._process or subprocess.Popen(
             [sys.executable, "-c", START.format(path=searched(), descriptor=theirs.fileno())],
