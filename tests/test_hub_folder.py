@@ -141,7 +141,8 @@ def test_transformers_preprocessor_gives_the_normalisation(tmp_path: Path) -> No
     assert (card.preprocessing.mean, card.preprocessing.std) == ((0.5, 0.5, 0.5), (0.5, 0.25, 0.5))
     assert card.assumed == ("aux_threshold",)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**images, "do_normalize": False}))
-    assert identify(read(tmp_path))[1].assumed == ("aux_threshold", "mean", "std")
+    _, card = identify(read(tmp_path))
+    assert (card.preprocessing.mean, card.preprocessing.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def test_another_activation_is_refused(tmp_path: Path) -> None:

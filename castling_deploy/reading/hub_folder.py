@@ -89,7 +89,7 @@ def card_of(config: Mapping[str, Any], images: Mapping[str, Any]) -> dict[str, A
     arguments = arguments if isinstance(arguments, Mapping) else {}
     input_size = pretrained.get("input_size")  # timm: channels, height, width
     size = arguments.get("img_size") or (input_size[1:] if isinstance(input_size, list) else config.get("image_size"))
-    normalised = images if images.get("do_normalize", True) else {}
+    normalised = images if images.get("do_normalize", True) else {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
     heads = config.get("num_attention_heads")  # transformers' LeViT: one per stage, as shapes tell too
     return {
         "architecture": config.get("architecture"),
