@@ -21,12 +21,14 @@ import tempfile
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 START = (
     "import sys; sys.path[:0] = {path!r}; from castling_deploy.forking import born; connection = born({descriptor}); "
     "from castling_deploy.isolation import serve; serve(connection)"
 )
+RUN = ("castling_deploy.making", "castling_deploy.verification")  # by workers, who are told by name
 START_S = 60.0  # after which the caller goes on without
 # What of the environment no library reads when it is loaded: pytest writes the first before every test.
 UNREAD = ("PYTEST_CURRENT_TEST", "TMPDIR")
@@ -222,8 +224,8 @@ def load() -> None:
     """torch, what traces a network, and what of ours a worker runs."""
     import torch
 
-    from castling_deploy import making, verification  # noqa: F401
-
+    for module in RUN:
+        import_module(module)
     torch.export.export(torch.nn.Linear(1, 1), (torch.zeros(1, 1),))
 
 
