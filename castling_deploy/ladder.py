@@ -145,15 +145,19 @@ def climb(
     advance: Callable[[float], None] = lambda share: None,
     *,
     already_cast: bool = False,
+    told: Callable[[nn.Module, Probes], None] = lambda folded, few: None,
 ) -> Ladder:
     """Cast and fold `network` (training form, eval mode) and run every rung. `network` is not changed.
 
     `names` are those of the outputs, in the order in which the network returns them. What the cast of a network that
-    is `already_cast` cost cannot be told any more.
+    is `already_cast` cost cannot be told any more. `told` hears of the folded network and of the ladder's `few` before
+    anything is run.
     """
     steps: list[FoldStep] = []
     castled = castle(network)
     folded = fold(castled, steps.append)
+    few = within_work(castled, probes.few(EXACT_PROBES))
+    told(folded, few)
     advance(0.1)
     telling = within_work(network, probes)
     with evidence_of(network) as layers:  # the first batch is one of real images alone
@@ -166,7 +170,6 @@ def climb(
             "the network's own outputs are NaN or infinite on ordinary images",
             hint="the weights are damaged; nothing can be compared with such outputs",
         )
-    few = within_work(castled, probes.few(EXACT_PROBES))
     exact = in_float64(castled, names, few)
     advance(0.7)
     noiseless = {name: Reference(exact[name], few.real, noise=0.0) for name in names}

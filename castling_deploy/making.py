@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from castling_deploy import artifact as written
+from castling_deploy.climbing import Climbing
 from castling_deploy.errors import CastlingError
 from castling_deploy.folder import artifact_folder
 from castling_deploy.identify import ModelCard
 from castling_deploy.int8.sensitivity import in_8_bits
 from castling_deploy.isolation import Worker
-from castling_deploy.ladder import Ladder
 from castling_deploy.latency import LatencyReport, timed
 from castling_deploy.localising.fault import Suspect, isolated_fault
 from castling_deploy.localising.localisation import Localisation
@@ -59,11 +59,14 @@ def made(
     request: Request,
     step: Step,
     card: ModelCard,
-    ladder: Ladder,
+    climbing: Climbing,
     progress: Progress,
     started: Callable[[Worker], None] = lambda worker: None,
 ) -> Finish:
-    """An artefact that is exported and verified, in a hidden folder. `started` is told of every process."""
+    """An artefact that is exported and verified, in a hidden folder. `started` is told of every process.
+
+    One that `needs_ladder` not to be exported may be begun while the reference still runs.
+    """
     missing = step.target.missing()
     if missing is not None:
         return settled(Result(step, missing=missing))
@@ -77,14 +80,16 @@ def made(
             witness = kept.enter_context(Worker(request.limits))
             started(maker)
             started(witness)
-            if step.precision is Precision.INT8:
+            ladder = climbing.ladder if needs_ladder(request, step) else None
+            if ladder and step.precision is Precision.INT8:
                 with progress.stage(f"{name}: calibrate") as advance:
                     ladder = in_8_bits(ladder, request.int8, step.options.form, advance)
             with progress.stage(f"{name}: export {step.precision}"):
-                audit = ladder.range_audit if request.islands and step.in_half else None
-                levels = ladder.in_8_bits.quantisation if ladder.in_8_bits else None
-                network = written.network_for(card, ladder.folded, request.batch_size, audit, levels)
-                artifact, outputs = maker.call("export", exported, step, network, folder, ladder.few.tensors)
+                audit = ladder.range_audit if ladder and request.islands and step.in_half else None
+                levels = ladder.in_8_bits.quantisation if ladder and ladder.in_8_bits else None
+                network = written.network_for(card, climbing.folded, request.batch_size, audit, levels)
+                artifact, outputs = maker.call("export", exported, step, network, folder, climbing.few.tensors)
+                ladder = ladder or climbing.ladder
                 lowered = judged_lowering(ladder, outputs)
             with progress.stage(f"{name}: verify") as advance:
                 parity = verify_artifact(
@@ -116,6 +121,11 @@ def made(
 
     waits = request.benchmark and timed(step.target.witness())
     return finish if waits else settled(finish(False))
+
+
+def needs_ladder(request: Request, step: Step) -> bool:
+    """Whether what is exported hangs on what the reference computes: in 8 bits, and where float16 is audited."""
+    return step.precision is Precision.INT8 or (request.islands and step.in_half)
 
 
 def settled(result: Result) -> Finish:

@@ -323,3 +323,17 @@ def test_python_interface_calibrates_too(tmp_path: Path) -> None:
 def bundled_images(count: int) -> np.ndarray:
     preprocessing = identify(read(bundled.checkpoint_path(TRANSFORMER)))[1].preprocessing
     return np.stack([preprocessing.resized(digit) for digit in bundled.digits()[0][:count]])
+
+
+def test_calibration_leaves_the_network_to_others(transformer: tuple[nn.Module, object]) -> None:
+    """Several targets are calibrated and exported side by side: a network with hooks cannot be pickled."""
+    ladder = ladder_of(*transformer)
+    hooked = []
+
+    def look(module: nn.Module, given: object, result: object) -> None:
+        hooked.append(any(len(each._forward_hooks) > (each is patches) for each in ladder.folded.modules()))
+
+    patches = next(module for module in ladder.folded.modules() if isinstance(module, nn.Conv2d))
+    with patches.register_forward_hook(look):
+        calibrated(ladder.folded, ladder.probes.tensors[:2], Activations.UINT8)
+    assert hooked == [False, False]

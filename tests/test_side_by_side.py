@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from castling_deploy.errors import CrashError
+from castling_deploy.errors import CheckpointError, CrashError
 from castling_deploy.isolation import IN_PROCESS, Worker, Workers
 from castling_deploy.making import Finish, Result
 from castling_deploy.request import Step
-from castling_deploy.side_by_side import default_jobs, side_by_side
+from castling_deploy.side_by_side import Task, default_jobs, side_by_side
 from castling_deploy.target import Precision, effort_of, target_named
 
 GIB = 2**30
@@ -49,7 +49,7 @@ def test_results_keep_their_order_and_are_measured_one_by_one_when_all_are_made(
 
         return make
 
-    tasks = [task("onnx", 0.3), task("coreml", 0.01), task("executorch", 0.1)]
+    tasks = [Task(task("onnx", 0.3)), Task(task("coreml", 0.01)), Task(task("executorch", 0.1))]
     results = side_by_side(tasks, 2, Workers(), measured=True)
     assert [one.step.target.name for one in results] == events == ["onnx", "coreml", "executorch"]
     assert most == 2
@@ -66,9 +66,65 @@ def test_the_longest_is_begun_first() -> None:
         return make
 
     names = ["onnx", "coreml", "executorch"]
-    efforts = [effort_of(target_named(name)) for name in names]
-    results = side_by_side([task(name) for name in names], 1, Workers(), measured=True, efforts=efforts)
+    tasks = [Task(task(name), effort_of(target_named(name))) for name in names]
+    results = side_by_side(tasks, 1, Workers(), measured=True)
     assert [one.step.target.name for one in results] == names and begun == ["executorch", "coreml", "onnx"]
+
+
+@pytest.mark.parametrize(("jobs", "beside"), [(1, []), (2, ["executorch"]), (3, ["executorch", "onnx"])])
+def test_early_ones_are_begun_beside_the_reference_which_is_one_of_the_jobs(jobs: int, beside: list[str]) -> None:
+    begun: list[str] = []
+    enough = threading.Event()
+
+    def task(name: str) -> Callable[[], Finish]:
+        def make() -> Finish:
+            begun.append(name)
+            if len(begun) == len(beside):
+                enough.set()
+            return lambda measured: result(name)
+
+        return make
+
+    def reference(begin: Callable[[], None]) -> None:
+        assert not begun
+        begin()
+        assert not beside or enough.wait(10)
+        assert sorted(begun) == beside
+
+    tasks = [
+        Task(task("coreml"), 3.0),
+        Task(task("onnx"), 1.0, early=True),
+        Task(task("executorch"), 2.0, early=True),
+    ]
+    results = side_by_side(tasks, jobs, Workers(), reference, measured=False)
+    assert [one.step.target.name for one in results] == ["coreml", "onnx", "executorch"]
+
+
+def test_a_reference_that_fails_ends_what_was_begun_beside_it(interruptible: None) -> None:
+    workers, begun, ended = Workers(), threading.Event(), []
+
+    def endless() -> Finish:
+        with Worker() as worker:
+            workers.add(worker)
+            begun.set()
+            try:
+                worker.call("sleep", time.sleep, 600)
+            except CrashError as error:
+                ended.append(str(error))
+                raise
+        raise AssertionError("the process was not ended")
+
+    def never() -> Finish:
+        raise AssertionError("nothing new is begun")
+
+    def reference(begin: Callable[[], None]) -> None:
+        begin()
+        assert begun.wait(60)
+        raise CheckpointError("the weights are damaged")
+
+    with pytest.raises(CheckpointError, match="damaged"):
+        side_by_side([Task(endless, early=True), Task(never)], 2, workers, reference, measured=False)
+    assert len(ended) == 1
 
 
 @pytest.fixture
@@ -106,7 +162,7 @@ def test_ctrl_c_ends_the_processes_and_keeps_what_was_verified(interruptible: No
 
     started = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
-        side_by_side([verified, endless, never], 1, workers, measured=True)
+        side_by_side([Task(verified), Task(endless), Task(never)], 1, workers, measured=True)
     assert kept == [False] and len(ended) == 1 and "SIGKILL" in ended[0]
     assert threading.active_count() <= started + 1
 

@@ -17,6 +17,7 @@ from castling_deploy.eight_bits import FEW_PRODUCTS, FEW_ROWS, Activations, Quan
 from castling_deploy.errors import UsageError
 from castling_deploy.int8.quantised import rounded
 from castling_deploy.preprocessing import Preprocessing
+from castling_deploy.rewrite import copied
 
 SAMPLES = 64  # images by default
 KEPT = 4096  # values of every image and module that a clipping is judged by, beside the ends of its channels
@@ -87,6 +88,7 @@ def calibrated(network: nn.Module, tensors: npt.NDArray[np.float32], activations
     that hang on the order of their sums: with all 26 of a detector in 8 bits, float32 and float64 differ by 5 % of its
     outputs' spread, and no artefact can be verified (0.1 % with the three of its stem).
     """
+    network = copied(network)  # others may run or pickle the one that was given, and would meet the hooks
     given, results = _Seen(activations), _Seen(activations)
     products = {path: module for path, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     reach = {path: module.weight.square().transpose(0, 1).flatten(1).sum(1) for path, module in products.items()}
