@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-# One of these is in the name of every operation that is or becomes the one that each pattern holds.
-UPSAMPLING, ATTENTION = ("upsample_bilinear2d",), ("softmax", "attention")
+# Parts of the names of operations that a graph has where a pattern occurs: all of one of these.
+UPSAMPLING = (("upsample_bilinear2d",),)
+# torch's own attention, whole or in parts: it multiplies q and k, each by the root of the scale. Nobody else does.
+ATTENTION = (("attention",), ("softmax", "mul.Scalar"))
 
 
 @contextmanager
@@ -24,14 +26,14 @@ def needed_patterns(program: torch.export.ExportedProgram) -> Iterator[None]:
     from executorch.backends.xnnpack.partition.graphs import bilinear_2d, sdpa
 
     names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    searches: list[tuple[Any, str, tuple[str, ...], Any]] = [
+    searches: list[tuple[Any, str, tuple[tuple[str, ...], ...], Any]] = [
         (bilinear_2d, "get_graphs_dict", UPSAMPLING, dict),
         (sdpa, "get_graphs", ATTENTION, list),
     ]
     left_out = [
         (module, search, getattr(module, search), nothing)
-        for module, search, parts, nothing in searches
-        if hasattr(module, search) and not any(part in name for name in names for part in parts)
+        for module, search, signs, nothing in searches
+        if hasattr(module, search) and not any(occurs(parts, names) for parts in signs)
     ]
     try:
         for module, search, _, nothing in left_out:
@@ -40,3 +42,8 @@ def needed_patterns(program: torch.export.ExportedProgram) -> Iterator[None]:
     finally:
         for module, search, before, _ in left_out:
             setattr(module, search, before)
+
+
+def occurs(parts: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether each of `parts` is part of one of `names`."""
+    return all(any(part in name for name in names) for part in parts)
