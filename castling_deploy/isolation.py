@@ -74,10 +74,8 @@ class Worker:
     def _start(self) -> None:
         self._log = open(self._scratch.path / "log", "w+b")  # noqa: SIM115  # closed in _stop
         ours, theirs = Pipe()
-        environment = {
-            **surroundings_of_workers(),
-            "TMPDIR": str(self._scratch.path),
-        }  # it is killed, and removes nothing by itself
+        scratch = str(self._scratch.path)  # it is killed, and removes nothing by itself
+        environment = {**surroundings_of_workers(), "TMPDIR": scratch}
         self._process = forked(theirs.fileno(), self._log.fileno(), self._scratch.path, environment)
         self._process = self._process or subprocess.Popen(
             [sys.executable, "-c", START.format(path=searched(), descriptor=theirs.fileno())],

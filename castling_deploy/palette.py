@@ -44,7 +44,7 @@ def palettised(weight: npt.NDArray[np.float32], bits: int) -> tuple[npt.NDArray[
 
 
 def packed(indices: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
-    """Indices of so many bits one after another in bytes, the lowest bit first, as MIL and Core AI have them."""
+    """Indices or levels of so many bits one after another in bytes, the lowest bit first, as all formats have them."""
     import numpy as np
 
     each = np.unpackbits(indices.astype(np.uint8).reshape(-1, 1), axis=1, count=bits, bitorder="little")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from castling_deploy.eight_bits import GROUP, Activations, Quantisation, weight_groups, weight_levels
 from castling_deploy.errors import ExportError
+from castling_deploy.palette import packed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -193,9 +194,10 @@ class _Rewriting:
         self.made.add(made)
         rows, rows_scales = weight_groups(np.moveaxis(self.constants[name], axis, 1))
         levels, scales = np.moveaxis(rows, 1, axis), np.moveaxis(rows_scales, 1, axis)
-        packed = onnx.helper.make_tensor(f"{name}/levels", onnx.TensorProto.INT4, levels.shape, pairs(levels), raw=True)
-        self.model.graph.initializer.append(packed)
-        names = [packed.name, self._constant(f"{name}/scales", np.ascontiguousarray(scales))]
+        data = packed(levels, 4).tobytes()
+        stored = onnx.helper.make_tensor(f"{name}/levels", onnx.TensorProto.INT4, levels.shape, data, raw=True)
+        self.model.graph.initializer.append(stored)
+        names = [stored.name, self._constant(f"{name}/scales", np.ascontiguousarray(scales))]
         self.nodes.append(
             onnx.helper.make_node("DequantizeLinear", names, [made], f"{made}/Dequantize", axis=axis, block_size=GROUP)
         )
@@ -229,11 +231,3 @@ class _Rewriting:
 
         self.model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(values), name))
         return name
-
-
-def pairs(levels: npt.NDArray[np.int8]) -> bytes:
-    """Levels of 4 bits as ONNX stores them: two in a byte, the first one below."""
-    import numpy as np
-
-    flat = levels.reshape(-1).astype(np.uint8) & 15
-    return (flat[::2] | flat[1::2] << 4).tobytes()

@@ -30,6 +30,7 @@ from castling_deploy.export.xnnpack_forms import in_xnnpack_forms
 from castling_deploy.export.xnnpack_patterns import needed_patterns
 from castling_deploy.export.xnnpack_payload import read_payload
 from castling_deploy.facts import stating
+from castling_deploy.palette import packed
 from castling_deploy.target import Artifact, Attestation, Missing, Network, Precision, Session, Witness, WitnessKind
 from castling_deploy.traces import remembered
 
@@ -326,20 +327,14 @@ def check(contents: PteContents, network: Network, precision: Precision) -> None
         weight = module.weight.detach()
         if levels and name in levels.ranges:
             grouped = levels.in_groups(module.in_features)
-            weight = torch.from_numpy((weight_groups if grouped else weight_levels)(weight.numpy())[0])
-            weight = packed(weight) if grouped else weight
+            held = (weight_groups if grouped else weight_levels)(weight.numpy())[0]
+            weight = torch.from_numpy(packed(held + 8, 4) if grouped else held)  # XNNPACK's 4 bits count from -8
         elif precision is Precision.FP16 and not inside(name, network.islands):
             weight = weight.half()
         if stored(weight) not in contents.constants:
             raise ExportError(
                 f"{precision} was asked for, and the file does not hold {name}.weight in it", hint="report this network"
             )
-
-
-def packed(levels: torch.Tensor) -> torch.Tensor:
-    """Levels of 4 bits (C_out, C_in) as XNNPACK stores them: from 0 on, two in a byte, the first one below."""
-    above_zero = (levels + 8).byte()
-    return above_zero[:, ::2] | above_zero[:, 1::2] << 4
 
 
 def stored(tensor: torch.Tensor) -> bytes:

@@ -24,6 +24,27 @@ def result(name: str) -> Result:
     return Result(Step(target_named(name), Precision.FP32, None))
 
 
+def endless(workers: Workers, ended: list[str], begun: Callable[[], None]) -> Callable[[], Finish]:
+    """What waits for a process that does not end by itself, and notes the error that ended it."""
+
+    def make() -> Finish:
+        with Worker() as worker:
+            workers.add(worker)
+            begun()
+            try:
+                worker.call("sleep", time.sleep, 600)
+            except CrashError as error:
+                ended.append(str(error))
+                raise
+        raise AssertionError("the process was not ended")
+
+    return make
+
+
+def never() -> Finish:
+    raise AssertionError("nothing new is begun")
+
+
 def test_results_keep_their_order_and_are_measured_one_by_one_when_all_are_made() -> None:
     making, measuring, most, events = 0, 0, 0, []
     lock = threading.Lock()
@@ -101,21 +122,8 @@ def test_early_ones_are_begun_beside_the_reference_which_is_one_of_the_jobs(jobs
 
 
 def test_a_reference_that_fails_ends_what_was_begun_beside_it(interruptible: None) -> None:
-    workers, begun, ended = Workers(), threading.Event(), []
-
-    def endless() -> Finish:
-        with Worker() as worker:
-            workers.add(worker)
-            begun.set()
-            try:
-                worker.call("sleep", time.sleep, 600)
-            except CrashError as error:
-                ended.append(str(error))
-                raise
-        raise AssertionError("the process was not ended")
-
-    def never() -> Finish:
-        raise AssertionError("nothing new is begun")
+    workers, begun = Workers(), threading.Event()
+    ended: list[str] = []
 
     def reference(begin: Callable[[], None]) -> None:
         begin()
@@ -123,7 +131,9 @@ def test_a_reference_that_fails_ends_what_was_begun_beside_it(interruptible: Non
         raise CheckpointError("the weights are damaged")
 
     with pytest.raises(CheckpointError, match="damaged"):
-        side_by_side([Task(endless, early=True), Task(never)], 2, workers, reference, measured=False)
+        side_by_side(
+            [Task(endless(workers, ended, begun.set), early=True), Task(never)], 2, workers, reference, measured=False
+        )
     assert len(ended) == 1
 
 
@@ -137,7 +147,8 @@ def interruptible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_ctrl_c_ends_the_processes_and_keeps_what_was_verified(interruptible: None) -> None:
-    workers, kept, ended = Workers(), [], []
+    workers, kept = Workers(), []
+    ended: list[str] = []
 
     def verified() -> Finish:
         def finish(measured: bool) -> Result:
@@ -146,23 +157,14 @@ def test_ctrl_c_ends_the_processes_and_keeps_what_was_verified(interruptible: No
 
         return finish
 
-    def endless() -> Finish:
-        with Worker() as worker:
-            workers.add(worker)
-            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-            try:
-                worker.call("sleep", time.sleep, 600)
-            except CrashError as error:
-                ended.append(str(error))
-                raise
-        raise AssertionError("the process was not ended")
-
-    def never() -> Finish:
-        raise AssertionError("nothing new is begun")
+    def interrupted() -> None:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 
     started = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
-        side_by_side([Task(verified), Task(endless), Task(never)], 1, workers, measured=True)
+        side_by_side(
+            [Task(verified), Task(endless(workers, ended, interrupted)), Task(never)], 1, workers, measured=True
+        )
     assert kept == [False] and len(ended) == 1 and "SIGKILL" in ended[0]
     assert threading.active_count() <= started + 1
 

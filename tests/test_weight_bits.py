@@ -15,12 +15,11 @@ from torch import nn
 
 from castling_deploy.eight_bits import GROUP, Activations, Quantisation, weight_groups, weight_levels
 from castling_deploy.errors import UsageError
-from castling_deploy.export.onnx_int8 import pairs
 from castling_deploy.export.onnx_options import OnnxOptions
 from castling_deploy.export.pte_contents import pte_contents
-from castling_deploy.export.to_executorch import packed
 from castling_deploy.export.xnnpack_payload import read_payload
 from castling_deploy.int8.quantised import QuantisedLinear
+from castling_deploy.palette import packed
 from castling_deploy.target import options_for, target_named
 
 MODEL = "castling-deit-digits"  # the inputs of all its Linears come in groups
@@ -54,9 +53,9 @@ def test_weights_whose_inputs_make_no_groups_stay_in_8_bits() -> None:
 
 def test_two_levels_share_a_byte_the_first_below() -> None:
     levels = np.array([[-8, 7, 0, -1]], np.int8)
-    tensor = onnx.helper.make_tensor("it", onnx.TensorProto.INT4, levels.shape, pairs(levels), raw=True)
+    tensor = onnx.helper.make_tensor("it", onnx.TensorProto.INT4, levels.shape, packed(levels, 4).tobytes(), raw=True)
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensor).astype(np.int8), levels)
-    assert packed(torch.from_numpy(levels)).tolist() == [[0 | 15 << 4, 8 | 7 << 4]]
+    assert packed(levels + 8, 4).tolist() == [0 | 15 << 4, 8 | 7 << 4]
 
 
 @pytest.mark.parametrize(
