@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError
 from castling_deploy.export.attesting import attestation
+from castling_deploy.export.onnx_graphs import every_graph, every_node
 from castling_deploy.export.onnx_types import inferred
 from castling_deploy.target import Artifact, Attestation, Precision
 
@@ -30,10 +31,11 @@ def attest(path: Path, artifact: Artifact, precision: Precision, problems: tuple
         raise ExportError(f"{path.name} cannot be read: {error}", hint="export the network again") from error
     model.graph.ClearField("value_info")
     types = dtypes(inferred(model))
-    operations = Counter(types[node.output[0]] for node in model.graph.node if node.output[0] in types)
+    nodes = list(every_node(model.graph))
+    operations = Counter(types[node.output[0]] for node in nodes if node.output[0] in types)
     quantised = dequantised(model.graph)
     products: Counter[str] = Counter()
-    for node in model.graph.node:
+    for node in nodes:
         if node.op_type in PRODUCTS:
             products["int8" if node.input[1] in quantised else types[node.output[0]]] += 1
     weights: Counter[str] = Counter()
@@ -68,11 +70,14 @@ def contents(model: onnx.ModelProto) -> dict[str, Any]:
     """What the report says of a graph beside its types."""
     import onnx
 
-    nodes = Counter(node.op_type for node in model.graph.node)
+    nodes = Counter(node.op_type for node in every_node(model.graph))
     found: dict[str, Any] = {"opset": model.opset_import[0].version, "nodes": dict(sorted(nodes.items()))}
     for kind, operator, place in (("activations", "QuantizeLinear", 2), ("weights", "DequantizeLinear", 0)):
         named = {
-            name for node in model.graph.node if node.op_type == operator for name in node.input[place : place + 1]
+            name
+            for node in every_node(model.graph)
+            if node.op_type == operator
+            for name in node.input[place : place + 1]
         }
         types = {tensor.data_type for tensor in model.graph.initializer if tensor.name in named}
         if types:
@@ -82,15 +87,15 @@ def contents(model: onnx.ModelProto) -> dict[str, Any]:
 
 def dequantised(graph: onnx.GraphProto) -> set[str]:
     """What is stored in levels, or passes through them."""
-    return {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    return {name for node in every_node(graph) if node.op_type == "DequantizeLinear" for name in node.output}
 
 
 def dtypes(model: onnx.ModelProto) -> dict[str, str]:
     """numpy's name for the dtype of every value of an inferred model."""
     import onnx
 
-    graph = model.graph
     return {
         value.name: onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name
+        for graph in every_graph(model.graph)
         for value in (*graph.input, *graph.value_info, *graph.output)
     }

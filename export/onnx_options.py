@@ -30,9 +30,10 @@ def require_opset(opset: int) -> None:
 class OnnxOptions:
     """`opset` of the standard operators (None: the first that will do); `dynamic` leaves the batch open; `nms` adds
     boxes to a detector's outputs. In int8, `activations` are uint8, which CPUs are fast with, uint16, which Qualcomm's
-    NPU takes, or float32: weights alone are in 8 bits, or in 4 (`weight_bits`), for the smallest file.
+    NPU takes, or float32: weights alone are in 8 bits, or in 4 (`weight_bits`), for the smallest file. `tokens_at_once`
+    is the most that is computed together of what a large image has (None: all), see onnx_parts.py.
 
-    Raises UsageError for a bad opset, and for other levels.
+    Raises UsageError for a bad opset, for other levels, and for less than a token.
     """
 
     opset: int | None = None
@@ -40,6 +41,7 @@ class OnnxOptions:
     nms: bool = field(default=False, metadata={"task": "detection"})
     activations: str | None = None  # uint8; with 4 bits, float32
     weight_bits: int = Quantisation.weight_bits
+    tokens_at_once: int | None = None
 
     def __post_init__(self) -> None:
         if self.activations not in (None, *ACTIVATIONS):
@@ -51,6 +53,8 @@ class OnnxOptions:
             raise UsageError(
                 f"weights of 4 bits are not for {self.activations}", hint="leave out --activations, or --weight-bits"
             )
+        if self.tokens_at_once is not None and self.tokens_at_once < 1:
+            raise UsageError(f"{self.tokens_at_once} tokens at once", hint="use 1 or more: 256 stay in a core's cache")
         require_opset(self.written_opset)
         if self.written_opset < self._oldest:
             raise UsageError(f"opset {self.opset} has no such levels", hint=f"leave out --opset, or use {self._oldest}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from castling_deploy.errors import ExportError
+from castling_deploy.export.onnx_graphs import every_graph
 from castling_deploy.export.onnx_types import inferred
 from castling_deploy.target import Witness, WitnessKind
 
@@ -25,23 +26,23 @@ def stored(model: onnx.ModelProto) -> onnx.ModelProto:
     """`model` with two Identities behind every float16 value that an operator makes, in place."""
     import onnx
 
-    typed = inferred(model)
     halves = {
         value.name
-        for value in (*typed.graph.value_info, *typed.graph.output)
+        for graph in every_graph(inferred(model).graph)
+        for value in (*graph.value_info, *graph.output)
         if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
     }
-    nodes = []
-    for node in model.graph.node:
-        kept = [(index, name) for index, name in enumerate(node.output) if name in halves]
-        nodes.append(node)
-        for index, name in kept:
-            node.output[index] = f"{name}/computed"
-            nodes.append(onnx.helper.make_node("Identity", [f"{name}/computed"], [f"{name}/stored"]))
-            nodes.append(onnx.helper.make_node("Identity", [f"{name}/stored"], [name]))
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    del model.graph.value_info[:]
+    for graph in reversed(list(every_graph(model.graph))):  # bodies first: nodes are copied into the graph around
+        nodes = []
+        for node in graph.node:
+            kept = [(index, name) for index, name in enumerate(node.output) if name in halves]
+            nodes.append(node)
+            for index, name in kept:
+                node.output[index] = f"{name}/computed"
+                nodes.append(onnx.helper.make_node("Identity", [f"{name}/computed"], [f"{name}/stored"]))
+                nodes.append(onnx.helper.make_node("Identity", [f"{name}/stored"], [name]))
+        del graph.node[:], graph.value_info[:]
+        graph.node.extend(nodes)
     return model
 
 

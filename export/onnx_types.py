@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from castling_deploy.errors import ExportError
+from castling_deploy.export.onnx_graphs import every_graph
 
 if TYPE_CHECKING:
     import onnx
@@ -30,7 +31,24 @@ def inferred(model: onnx.ModelProto) -> onnx.ModelProto:
     for mine, told in ((graph.value_info, found.value_info), (graph.output, found.output)):
         del mine[:]
         mine.extend(told)
+    _, *bodies = every_graph(graph)
+    for body in bodies:
+        _infer_inside(body, model)
     return model
+
+
+def _infer_inside(body: onnx.GraphProto, model: onnx.ModelProto) -> None:
+    """Types and shapes inside `body`, which ONNX infers and does not tell; it reads weights from around it."""
+    import onnx
+
+    read = {name for node in body.node for name in node.input}
+    around = [typed(tensor) for tensor in model.graph.initializer if tensor.name in read]
+    alone = onnx.helper.make_graph(body.node, body.name, [*body.input, *around], body.output, body.initializer)
+    told = onnx.shape_inference.infer_shapes(
+        onnx.helper.make_model(alone, opset_imports=model.opset_import, ir_version=model.ir_version), strict_mode=True
+    )
+    del body.value_info[:]
+    body.value_info.extend(told.graph.value_info)
 
 
 def checked(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 from castling_deploy.eight_bits import Activations
 from castling_deploy.errors import ExportError, UsageError
 from castling_deploy.export import onnx_attest, onnx_nms
+from castling_deploy.export.onnx_graphs import every_node
 from castling_deploy.export.onnx_half import half
 from castling_deploy.export.onnx_int8 import in_8_bits
 from castling_deploy.export.onnx_norms import with_lp_norms
 from castling_deploy.export.onnx_options import OnnxOptions
+from castling_deploy.export.onnx_parts import in_parts
 from castling_deploy.export.onnx_session import OnnxSession
 from castling_deploy.export.onnx_types import checked, inferred
 from castling_deploy.export.onnx_unbatched import unbatched
@@ -89,14 +91,20 @@ def run(folder, inputs):
     # on x86, ONNX Runtime drops float16 between two operators, unless two Identities keep it there
     model = onnx.load(folder / "{FILE}")
     typed = onnx.shape_inference.infer_shapes(model).graph
+    graphs, told = (
+        [graph, *(item.g for node in graph.node for item in node.attribute if item.HasField("g"))]
+        for graph in (model.graph, typed)
+    )
     half = onnx.TensorProto.FLOAT16
-    halves = {{v.name for v in (*typed.value_info, *typed.output) if v.type.tensor_type.elem_type == half}}
-    for node in list(model.graph.node):
-        for index, name in enumerate(node.output):
-            if name in halves:
-                node.output[index] = name + "/computed"
-                model.graph.node.append(onnx.helper.make_node("Identity", [name + "/computed"], [name + "/stored"]))
-                model.graph.node.append(onnx.helper.make_node("Identity", [name + "/stored"], [name]))
+    values = [v for graph in told for v in (*graph.value_info, *graph.output)]
+    halves = {{v.name for v in values if v.type.tensor_type.elem_type == half}}
+    for graph in graphs:
+        for node in list(graph.node):
+            for index, name in enumerate(node.output):
+                if name in halves:
+                    node.output[index] = name + "/computed"
+                    graph.node.append(onnx.helper.make_node("Identity", [name + "/computed"], [name + "/stored"]))
+                    graph.node.append(onnx.helper.make_node("Identity", [name + "/stored"], [name]))
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     del model.graph.value_info[:]
@@ -131,6 +139,8 @@ class OnnxTarget:
         return Witness(f"onnxruntime {version('onnxruntime')}", WitnessKind.RUNTIME)
 
     def refuse(self, options: OnnxOptions, batch_size: int) -> None:
+        if options.dynamic and options.tokens_at_once is not None:
+            raise UsageError("parts of tokens need a fixed batch", hint="leave out --dynamic or --tokens-at-once")
         if options.dynamic and batch_size != 1:
             raise UsageError(
                 f"a dynamic batch and a batch of {batch_size} exclude each other", hint="leave out one of the two"
@@ -154,6 +164,8 @@ class OnnxTarget:
         model = onnx_model(told, precision, options.written_opset, dynamic=options.dynamic, nms=options.nms)
         if precision is not Precision.FP16:  # whose small vectors need their own guard
             model = inferred(with_lp_norms(model))
+        if options.tokens_at_once is not None:
+            model = checked(inferred(in_parts(model, options.tokens_at_once)))
         write(model, folder / FILE)
         details = facts(model)
         if options.nms:
@@ -287,15 +299,11 @@ def check(model: onnx.ModelProto, precision: Precision, *, softmaxes: int, part:
 
 def product_types(model: onnx.ModelProto) -> Counter[str]:
     """How many convolutions and matrix products are computed in fp32, in fp16 and in int8."""
-    import onnx
-
-    names = {onnx.TensorProto.FLOAT: Precision.FP32.value, onnx.TensorProto.FLOAT16: Precision.FP16.value}
-    graph = model.graph
-    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info, *graph.output)}
-    in_8_bits = onnx_attest.dequantised(graph)
+    names = {"float32": Precision.FP32.value, "float16": Precision.FP16.value}
+    types, in_8_bits = onnx_attest.dtypes(model), onnx_attest.dequantised(model.graph)
     return Counter(
         Precision.INT8.value if in_8_bits.issuperset(node.input[1:2]) else names[types[node.output[0]]]
-        for node in graph.node
+        for node in every_node(model.graph)
         if node.op_type in onnx_attest.PRODUCTS
     )
 

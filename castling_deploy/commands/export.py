@@ -40,6 +40,7 @@ ALL = "all"
 @click.option(
     "--min-delegated", type=float, metavar="PERCENT", help="Of the operations, inside XNNPACK; ExecuTorch only."
 )
+@click.option("--tokens-at-once", type=int, metavar="N", help="Of a large image, for a core's cache: 256; ONNX only.")
 @click.option("--activations", metavar="KIND", help="In int8: uint8, uint16 for Qualcomm's NPU, or float32; ONNX only.")
 @click.option("--weight-bits", type=int, metavar="BITS", help="In int8: 8, or 4 for Linears; ONNX and ExecuTorch.")
 @click.option("--palettise", type=int, metavar="BITS", help="Weights in look-up tables, in int8; Core ML and Core AI.")
@@ -86,6 +87,7 @@ def export(
     nms: bool,
     content: str | None,
     min_delegated: float | None,
+    tokens_at_once: int | None,
     activations: str | None,
     weight_bits: int | None,
     palettise: int | None,
@@ -114,6 +116,7 @@ def export(
         "nms": nms or None,
         "input": content,
         "min_delegated": min_delegated,
+        "tokens_at_once": tokens_at_once,
         "activations": activations,
         "weight_bits": weight_bits,
         "palettise": palettise,

@@ -10,9 +10,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from folded_networks import folded_network, images_for
+from folded_networks import folded_network
 from networks import SMALL
-from onnx.reference import ReferenceEvaluator
+from onnx_numbers import exactly, unoptimised
 
 from castling_deploy.export.onnx_types import inferred
 from castling_deploy.export.onnx_unbatched import unbatched
@@ -30,15 +30,6 @@ def as_traced(network: Network) -> onnx.ModelProto:
     return onnx.load_from_string(traced(network.name))
 
 
-def unoptimised(model: onnx.ModelProto, network: Network) -> np.ndarray:
-    """The first output on two images, computed node by node."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    name = network.inputs[0].name
-    return np.concatenate([session.run(None, {name: image[None]})[0] for image in images_for(network, 2)])
-
-
 @pytest.mark.parametrize("name", SMALL)
 def test_losing_the_axis_of_one_changes_no_number(name: str) -> None:
     network = folded_network(name)
@@ -50,26 +41,9 @@ def test_losing_the_axis_of_one_changes_no_number(name: str) -> None:
 @pytest.mark.parametrize("name", ["deit", "levit"])
 def test_losing_the_axis_is_exact_in_float64(name: str) -> None:
     network = folded_network(name)
-    image = images_for(network, 1).astype(np.float64)
-    outputs = []
-    for model in (as_traced(network), inferred(unbatched(as_traced(network)))):
-        evaluator = ReferenceEvaluator(in_float64(model))
-        outputs.append(evaluator.run(None, {network.inputs[0].name: image})[0])
+    outputs = [exactly(model, network) for model in (as_traced(network), inferred(unbatched(as_traced(network))))]
     assert outputs[0].dtype == np.float64
     np.testing.assert_allclose(outputs[1], outputs[0], rtol=1e-12, atol=1e-13)
-
-
-def in_float64(model: onnx.ModelProto) -> onnx.ModelProto:
-    twin = onnx.ModelProto()
-    twin.CopyFrom(model)
-    del twin.graph.value_info[:]
-    for tensor in twin.graph.initializer:
-        if tensor.data_type == onnx.TensorProto.FLOAT:
-            values = onnx.numpy_helper.to_array(tensor).astype(np.float64)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
-    for value in (*twin.graph.input, *twin.graph.output):
-        value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
-    return twin
 
 
 def test_onnx_runtime_gets_linears_without_reshapes_and_products_without_transpositions(tmp_path: Path) -> None:

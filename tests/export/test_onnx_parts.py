@@ -1,0 +1,103 @@
+"""Some tokens at a time: the same numbers, and nothing that needs one token alone is left outside of the parts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from exported import CLASSIFIER, MODEL, exported
+from folded_networks import folded_network
+from onnx_numbers import exactly, unoptimised
+
+from castling_deploy import verify
+from castling_deploy.errors import ExportError, UsageError
+from castling_deploy.export import onnx_attest
+from castling_deploy.export.onnx_graphs import every_graph
+from castling_deploy.export.onnx_norms import with_lp_norms
+from castling_deploy.export.onnx_options import OnnxOptions
+from castling_deploy.export.onnx_parts import in_parts, part_of
+from castling_deploy.export.onnx_types import checked, inferred
+from castling_deploy.export.to_onnx import onnx_model
+from castling_deploy.parity import Verdict
+from castling_deploy.target import Network, Precision, target_named
+
+# Tokens: 26, 16 and 4 and 1, 24 and 6, 385 and 97 and 25.
+AT_ONCE = {"deit-distilled": 13, "levit": 8, "levit-linear": 8, "mvit": 100}
+
+
+def whole(network: Network) -> onnx.ModelProto:
+    return inferred(with_lp_norms(onnx_model(network, Precision.FP32, 20)))
+
+
+def parted(network: Network) -> onnx.ModelProto:
+    return checked(inferred(in_parts(whole(network), AT_ONCE[network.name])))
+
+
+@pytest.mark.parametrize(("name", "batch"), [*((name, 1) for name in AT_ONCE), ("deit-distilled", 2)])
+def test_parts_change_no_number(name: str, batch: int) -> None:
+    network = folded_network(name, batch)
+    given, made = whole(network), parted(network)
+    assert any(node.op_type == "Scan" for node in made.graph.node)
+    if batch == 1:
+        np.testing.assert_allclose(unoptimised(made, network), unoptimised(given, network), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(exactly(made, network), exactly(given, network), rtol=1e-12, atol=1e-13)
+
+
+def test_only_what_needs_all_tokens_is_outside() -> None:
+    graph = parted(folded_network("deit-distilled")).graph
+    linears = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
+    outside = Counter(node.op_type for node in graph.node)
+    multiplied = [node for node in graph.node if node.op_type == "MatMul"]
+    # the last block asks for two tokens, which are fewer than a part: its query, output and the MLP
+    assert sum(not linears.isdisjoint(node.input) for node in multiplied) == 4 and outside["Gelu"] == 1
+    bodies = [body for body in every_graph(graph) if body.name == "tokens"]
+    assert [len(body.input) for body in bodies] == [1, 5]  # tokens; tokens, q, u, the convolution, and k^T u for all
+    assert all(value.type.tensor_type.shape.dim for body in bodies for value in body.value_info)
+
+
+@pytest.mark.parametrize(("tokens", "at_once", "size"), [(4097, 256, 241), (4096, 256, 256), (100, 256, 100)])
+def test_a_part_is_the_largest_divisor(tokens: int, at_once: int, size: int) -> None:
+    assert part_of(tokens, at_once) == size
+
+
+def test_a_number_without_such_a_divisor_is_refused_with_one_that_is() -> None:
+    with pytest.raises(ExportError, match=r"4098 tokens .* of 64 to 256.*--tokens-at-once 683"):
+        part_of(4098, 256)
+
+
+@pytest.mark.parametrize("precision", [Precision.FP16, Precision.INT8])
+def test_an_artefact_in_parts_is_verified_as_any_other(precision: Precision) -> None:
+    folder = exported(CLASSIFIER, "onnx", precision.value, tokens_at_once=16)
+    usual = exported(CLASSIFIER, "onnx", precision.value)
+    assert verify(folder.path).verdict is Verdict.PASS
+    assert folder.artifact.details["products"] == usual.artifact.details["products"]
+    assert folder.artifact.details["nodes"]["Scan"] > 1
+
+
+def test_what_a_body_computes_in_is_read_back(tmp_path: Path) -> None:
+    folder = exported(CLASSIFIER, "onnx", "fp32", tokens_at_once=16)
+    model = onnx.load(folder.path / MODEL)
+    body = next(body for body in every_graph(model.graph) if body.name == "tokens")
+    product = next(node for node in body.node if node.op_type == "MatMul")
+    before, behind, position = list(product.input), product.output[0], list(body.node).index(product)
+    halves, product.output[0] = [f"{name}/half" for name in before], f"{behind}/half"
+    product.input[:] = halves
+    cast = partial(onnx.helper.make_node, "Cast")
+    body.node.insert(position + 1, cast([product.output[0]], [behind], to=onnx.TensorProto.FLOAT))
+    for name, half in zip(before, halves, strict=True):
+        body.node.insert(position, cast([name], [half], to=onnx.TensorProto.FLOAT16))
+    onnx.save(model, tmp_path / MODEL)
+    assert not onnx_attest.attest(folder.path / MODEL, folder.artifact, Precision.FP32).problems
+    found = onnx_attest.attest(tmp_path / MODEL, folder.artifact, Precision.FP32)
+    assert any("1 in fp16" in problem for problem in found.problems), found.problems
+
+
+def test_less_than_a_token_and_an_open_batch_are_refused() -> None:
+    with pytest.raises(UsageError, match="0 tokens at once"):
+        OnnxOptions(tokens_at_once=0)
+    with pytest.raises(UsageError, match="leave out --dynamic or --tokens-at-once"):
+        target_named("onnx").refuse(OnnxOptions(tokens_at_once=256, dynamic=True), 1)
