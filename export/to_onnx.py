@@ -168,6 +168,8 @@ class OnnxTarget:
             model = checked(inferred(in_parts(model, options.tokens_at_once)))
         write(model, folder / FILE)
         details = facts(model)
+        if options.tokens_at_once is not None and "Scan" not in details["nodes"]:
+            details["notes"].append(f"no part of this network has more than {options.tokens_at_once} tokens at once")
         if options.nms:
             details["notes"].append("the time includes the boxes; PyTorch's ends with the raw outputs")
         return replace(artifact, details=details)

@@ -54,6 +54,8 @@ class QnnHost:
     def unfit(self, artifact: Artifact) -> Missing | None:
         if "weights" in artifact.details and artifact.details.get("activations") != [Activations.UINT16]:
             return Missing("the HTP multiplies weights in levels by uint16 alone", "export with --activations uint16")
+        if "Scan" in artifact.details.get("nodes", ()):
+            return Missing("the HTP has no Scan", "export without --tokens-at-once")
         return None
 
     def run(self, folder: Path, artifact: Artifact, inputs: Values, advance: Advance) -> Mapping[str, Values]:

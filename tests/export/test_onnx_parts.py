@@ -24,6 +24,7 @@ from castling_deploy.export.onnx_types import checked, inferred
 from castling_deploy.export.to_onnx import onnx_model
 from castling_deploy.parity import Verdict
 from castling_deploy.target import Network, Precision, target_named
+from castling_deploy.witnesses.qnn import QnnHost
 
 # Tokens: 26, 16 and 4 and 1, 24 and 6, 385 and 97 and 25.
 AT_ONCE = {"deit-distilled": 13, "levit": 8, "levit-linear": 8, "mvit": 100}
@@ -94,6 +95,21 @@ def test_what_a_body_computes_in_is_read_back(tmp_path: Path) -> None:
     assert not onnx_attest.attest(folder.path / MODEL, folder.artifact, Precision.FP32).problems
     found = onnx_attest.attest(tmp_path / MODEL, folder.artifact, Precision.FP32)
     assert any("1 in fp16" in problem for problem in found.problems), found.problems
+
+
+def test_an_npu_without_scan_is_not_asked() -> None:
+    missing = QnnHost().unfit(exported(CLASSIFIER, "onnx", "fp32", tokens_at_once=16).artifact)
+    assert missing is not None and "--tokens-at-once" in missing.fix
+    assert QnnHost().unfit(exported(CLASSIFIER, "onnx", "fp32").artifact) is None
+
+
+def test_a_network_of_few_tokens_is_left_whole_and_that_is_said(tmp_path: Path) -> None:
+    network = folded_network("levit")
+    options = OnnxOptions(tokens_at_once=16)
+    details = target_named("onnx").export(network, Precision.FP32, options, tmp_path).details
+    assert (
+        "no part of this network has more than 16 tokens at once" in details["notes"] and "Scan" not in details["nodes"]
+    )
 
 
 def test_less_than_a_token_and_an_open_batch_are_refused() -> None:
