@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError
+from castling_deploy.export.channel_norm import teach_channel_norm
+from castling_deploy.export.channels_first import channels_first
 from castling_deploy.export.coreml_palette import teach_look_up
 from castling_deploy.export.coremltools_parts import converter
 from castling_deploy.export.scopes import REDUCTIONS, inside, kind, module_stack
@@ -19,16 +21,20 @@ INTERFACE = "network"  # the network's name in what is exported
 WIDE = 32  # a debug handle
 
 
-def exported_program(network: Network, *, pixels: bool, scores: bool) -> torch.export.ExportedProgram:
-    """The graph that coremltools is handed, in the dialect it takes. Raises ExportError."""
+def exported_program(
+    network: Network, *, pixels: bool, scores: bool, turned: bool = False
+) -> torch.export.ExportedProgram:
+    """The graph that coremltools is handed, in the dialect it takes; `turned`: tokens channels first. Raises
+    ExportError."""
     import torch
 
     try:
         with torch.no_grad():
             exported = torch.export.export(interface(network, pixels=pixels, scores=scores), network.example())
-            return exported.run_decompositions({})
+            program = exported.run_decompositions({})
     except Exception as error:  # torch.export raises errors of a dozen classes, most of them private
         raise ExportError(f"torch.export refuses the network: {error}") from error
+    return channels_first(program) if turned else program
 
 
 def interface(network: Network, *, pixels: bool, scores: bool) -> nn.Module:
@@ -78,6 +84,7 @@ def converted(
     ct = converter()
     if network.quantisation is not None and network.quantisation.palette is not None:
         teach_look_up()
+    teach_channel_norm()
 
     (spec,) = network.inputs
     colours = ct.colorlayout.GRAYSCALE if spec.shape[1] == 1 else ct.colorlayout.RGB

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 FILE = "model.mlpackage"
 INPUTS = ("tensor", "image")
+LAYOUTS = ("channels-last", "channels-first")
 LABEL, PROBABILITIES, SCORES = "label", "probabilities", "scores"
 
 DTYPES = {Precision.FP16: "FLOAT16", Precision.FP32: "FLOAT32", Precision.INT8: "FLOAT16"}  # computed in, MIL's names
@@ -111,20 +112,28 @@ class CoreMLOptions:
     """`input` "tensor" takes normalised float32 (B, C, H, W), "image" raw pixels, which the model normalises itself.
 
     `palettise` is for int8: weights in a look-up table for each, by an index of so many bits, instead of in levels.
-    Raises UsageError for anything else.
+    `layout` is that of the tokens inside: "channels-last" (B, N, C), "channels-first" (B, C, 1, N). Raises UsageError
+    for anything else.
     """
 
     input: Literal["tensor", "image"] = field(default="tensor", metadata={"whole": "interface"})
     palettise: int | None = None
+    layout: Literal["channels-last", "channels-first"] = "channels-last"
 
     def __post_init__(self) -> None:
-        if self.input not in INPUTS:
-            raise UsageError(f"unknown input '{self.input}'", hint=f"use one of: {', '.join(INPUTS)}")
+        for name, value, known in (("input", self.input, INPUTS), ("layout", self.layout, LAYOUTS)):
+            if value not in known:
+                raise UsageError(f"unknown {name} '{value}'", hint=f"use one of: {', '.join(known)}")
         require_bits(self.palettise)
 
     @property
     def form(self) -> Quantisation:
         return Quantisation({}, Activations.FLOAT16, palette=self.palettise)
+
+    @property
+    def turned(self) -> bool:
+        """Whether tokens lie channels first."""
+        return self.layout == "channels-first"
 
 
 class CoreMLTarget:
@@ -176,7 +185,8 @@ class CoreMLTarget:
 
     def lowered(self, network: Network, options: CoreMLOptions) -> nn.Module:
         whole = replace(network, quantisation=None)
-        return exported_program(whole, pixels=False, scores=False).module(check_guards=False)
+        program = exported_program(whole, pixels=False, scores=False, turned=options.turned)
+        return program.module(check_guards=False)
 
     def export(self, network: Network, precision: Precision, options: CoreMLOptions, folder: Path) -> Artifact:
         self.refuse(options, network.inputs[0].shape[0])
@@ -191,7 +201,7 @@ class CoreMLTarget:
             usage=usage(network, options, classifier=scores),
         )
         told = stating(network, self.name, precision, options, artifact).metadata
-        program = exported_program(network, pixels=pixels, scores=scores)
+        program = exported_program(network, pixels=pixels, scores=scores, turned=options.turned)
         outputs = (*(spec.name for spec in network.outputs), *([SCORES] if scores else []))
         mlmodel, wide = converted(program, network, precision, pixels=pixels, outputs=outputs)
         model = mlmodel.get_spec()

@@ -44,6 +44,7 @@ ALL = "all"
 @click.option("--activations", metavar="KIND", help="In int8: uint8, uint16 for Qualcomm's NPU, or float32; ONNX only.")
 @click.option("--weight-bits", type=int, metavar="BITS", help="In int8: 8, or 4 for Linears; ONNX and ExecuTorch.")
 @click.option("--palettise", type=int, metavar="BITS", help="Weights in look-up tables, in int8; Core ML and Core AI.")
+@click.option("--layout", metavar="ORDER", help="Of tokens: channels-last, or channels-first; Core ML only.")
 @click.option("--calib-data", type=click.Path(path_type=Path), help="Folder or .npz of images to calibrate int8 on.")
 @click.option("--calib-samples", type=click.IntRange(1), help="How many of them. Default: 64.")
 @click.option("--max-drop", type=click.FloatRange(0), help="Points of the score that int8 may cost. Default: 0.5.")
@@ -91,6 +92,7 @@ def export(
     activations: str | None,
     weight_bits: int | None,
     palettise: int | None,
+    layout: str | None,
     calib_data: Path | None,
     calib_samples: int | None,
     max_drop: float | None,
@@ -120,6 +122,7 @@ def export(
         "activations": activations,
         "weight_bits": weight_bits,
         "palettise": palettise,
+        "layout": layout,
     }
     request = Request(
         targets=_names(targets),
