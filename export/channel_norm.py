@@ -15,16 +15,18 @@ CHANNEL_NORM = "castling::layer_norm"  # a reduction to who looks for those by t
 
 @cache
 def channel_norm() -> Any:
-    """LayerNorm without affine over the second axis of (B, C, 1, N), one operation to converters."""
+    """LayerNorm over the second axis of (B, C, 1, N), weight and bias (C,), one operation to converters."""
     import torch
 
-    @torch.library.custom_op(CHANNEL_NORM, mutates_args=(), schema="(Tensor x, float eps) -> Tensor")
-    def layer_norm(x: Tensor, eps: float) -> Tensor:
-        normed = torch.nn.functional.layer_norm(x.movedim(1, -1), x.shape[1:2], eps=eps)
+    @torch.library.custom_op(
+        CHANNEL_NORM, mutates_args=(), schema="(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor"
+    )
+    def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        normed = torch.nn.functional.layer_norm(x.movedim(1, -1), x.shape[1:2], weight, bias, eps)
         return normed.movedim(-1, 1).contiguous()
 
     @layer_norm.register_fake
-    def _(x: Tensor, eps: float) -> Tensor:
+    def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         return x.new_empty(x.shape)
 
     return torch.ops.castling.layer_norm.default
@@ -39,7 +41,9 @@ def teach_channel_norm() -> None:
     from coremltools.converters.mil import Builder, register_torch_op
 
     def castling_layer_norm(context: Any, node: Any) -> None:
-        name, eps = node.inputs
-        context.add(Builder.layer_norm(x=context[name], axes=[1], epsilon=np.float32(eps), name=node.name))
+        *tensors, eps = node.inputs
+        x, gamma, beta = (None if name is None else context[name] for name in tensors)
+        normed = Builder.layer_norm(x=x, axes=[1], gamma=gamma, beta=beta, epsilon=np.float32(eps), name=node.name)
+        context.add(normed)
 
     register_torch_op(castling_layer_norm, torch_alias=[CHANNEL_NORM, CHANNEL_NORM.replace("::", ".")])

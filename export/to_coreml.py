@@ -131,8 +131,8 @@ class CoreMLOptions:
         return Quantisation({}, Activations.FLOAT16, palette=self.palettise)
 
     @property
-    def turned(self) -> bool:
-        """Whether tokens lie channels first."""
+    def channels_first(self) -> bool:
+        """Whether tokens are (B, C, 1, N)."""
         return self.layout == "channels-first"
 
 
@@ -185,7 +185,7 @@ class CoreMLTarget:
 
     def lowered(self, network: Network, options: CoreMLOptions) -> nn.Module:
         whole = replace(network, quantisation=None)
-        program = exported_program(whole, pixels=False, scores=False, turned=options.turned)
+        program = exported_program(whole, pixels=False, scores=False, channels_first=options.channels_first)
         return program.module(check_guards=False)
 
     def export(self, network: Network, precision: Precision, options: CoreMLOptions, folder: Path) -> Artifact:
@@ -201,7 +201,7 @@ class CoreMLTarget:
             usage=usage(network, options, classifier=scores),
         )
         told = stating(network, self.name, precision, options, artifact).metadata
-        program = exported_program(network, pixels=pixels, scores=scores, turned=options.turned)
+        program = exported_program(network, pixels=pixels, scores=scores, channels_first=options.channels_first)
         outputs = (*(spec.name for spec in network.outputs), *([SCORES] if scores else []))
         mlmodel, wide = converted(program, network, precision, pixels=pixels, outputs=outputs)
         model = mlmodel.get_spec()

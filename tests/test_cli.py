@@ -130,6 +130,7 @@ USAGE = {
     ),
     "a bad opset": (["export", "--target", "onnx", "--opset", "11"], "opset 11", "20"),
     "a bad input kind": (["export", "--target", "coreml", "--input", "picture"], "picture", "image"),
+    "a bad layout": (["export", "--target", "coreml", "--layout", "first"], "unknown layout 'first'", "channels-first"),
     "a typo beside all": (["export", "--target", "all,onnxx"], "unknown target 'onnxx'", "did you mean 'onnx'"),
     "a fixed and a dynamic batch": (
         ["export", "--target", "onnx", "--dynamic", "-b", "3"],
