@@ -157,12 +157,12 @@ class _Rewriting:
     def _laid_out(self, node: Node, axes: Sequence[int], shape: Shape) -> Laid:
         """A tensor of the network of this shape, whose numbers `node` holds with its axes in the order `axes`.
 
-        Tokens get the axis of 1 that convolutions ask for. A last axis of 1, where the class token alone is asked, is
-        no good: such a tensor lies as it was, which moves nothing.
+        Tokens get the axis of 1 that convolutions ask for. One token alone, the class token, lies as it was: that moves
+        nothing, and its last axis is not 1.
         """
         order = TOKENS if tuple(axes) == (0, 2, 1) else tuple(axes)
         wide = [axis for axis in axes if shape[axis] > 1]
-        if shape[axes[-1]] == 1 and wide == sorted(wide):
+        if wide == sorted(wide) and shape[-1] > 1:
             order = tuple(range(len(shape)))
         return Laid(self._shaped(node, [1 if axis is None else shape[axis] for axis in order]), order)
 
@@ -221,9 +221,11 @@ class _Rewriting:
             return None
         return Laid(self._put(node.target, [one.node for one in given], x.place(axis)), x.order)
 
-    def _pad(self, node: Node, x: Laid, args: tuple[Any, ...]) -> Laid:
+    def _pad(self, node: Node, x: Laid, args: tuple[Any, ...]) -> Laid | None:
         """Pads are pairs, the last axis's first."""
         _, pads, *others = args
+        if others[:1] not in ([], ["constant"]):
+            return None
         pairs = dict(zip(sorted(x.axes, reverse=True), zip(pads[::2], pads[1::2], strict=True), strict=False))
         lying = [amount for axis in reversed(x.order) for amount in pairs.get(-1 if axis is None else axis, (0, 0))]
         return Laid(self._put(node.target, x.node, lying, *others), x.order)
@@ -281,12 +283,16 @@ class _Rewriting:
         return Laid(self._shaped(made, x.shape), x.order)
 
     def _matmul(self, node: Node, x: Laid, args: tuple[Any, ...]) -> Laid | None:
-        """A B, or (A B)' = B' A' where the rows of A, tokens, lie last: products take their matrices transposed."""
-        a, b = x, self._of(args[1])
-        if any(one.order not in (ROWS, COLUMNS) for one in (a, b)):
+        """(A B)' = B' A', which has the rows of A, tokens, last; A B where there is one row. Nothing is moved: products
+        take their matrices transposed."""
+        factors = x, self._of(args[1])
+        if any(one.order not in (ROWS, COLUMNS) for one in factors):
             return None
-        second = b.node if a.order == b.order else self._put(self.aten.transpose.int, b.node, -2, -1)
-        return Laid(self._put(node.target, *((a.node, second) if a.plain else (second, a.node))), a.order)
+        order = ROWS if x.plain and shape_of(node)[-2] == 1 else COLUMNS
+        lying = [
+            one.node if one.order == order else self._put(self.aten.transpose.int, one.node, -2, -1) for one in factors
+        ]
+        return Laid(self._put(node.target, *(lying if order == ROWS else reversed(lying))), order)
 
 
 def grouped(before: Shape, after: Shape) -> Iterator[tuple[list[int], list[int]]]:

@@ -154,6 +154,7 @@ LEFT: dict[str, Calls] = {
     "channels and tokens in another grid": Calls(lambda x: x.reshape(B, C, H * W)),
     "LayerNorm of tokens and channels": Calls(lambda x: F.layer_norm(x, (H * W, C))),
     "products of three axes": Calls(lambda x: x.mT @ x),
+    "reflected": Calls(lambda x: F.pad(x, (2, 1), mode="reflect")),
     "with a wider one": Calls(lambda x, w: x + w, (3, 1, 1, C)),
 }
 
