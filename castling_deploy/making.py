@@ -16,6 +16,7 @@ from castling_deploy.climbing import Climbing
 from castling_deploy.errors import CastlingError
 from castling_deploy.folder import artifact_folder
 from castling_deploy.identify import ModelCard
+from castling_deploy.int8.held import require_held
 from castling_deploy.int8.sensitivity import in_8_bits
 from castling_deploy.isolation import Worker
 from castling_deploy.latency import LatencyReport, timed
@@ -140,5 +141,6 @@ def exported(step: Step, network: Network, folder: Path, tensors: Array) -> tupl
         lowered = run_lowered(step.target, network, step.options, tensors)  # before a converter rewrites its graph
         with toolchain(step.target.name), shared_provenance():
             artifact = step.target.export(network, step.precision, step.options, folder)
+            require_held(step.target, folder, network)
     details = {**artifact.details, "islands": network.islands, "wide_reductions": network.reductions}
     return replace(artifact, details=details), lowered

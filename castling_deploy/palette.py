@@ -51,6 +51,14 @@ def packed(indices: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
     return np.packbits(each, bitorder="little")
 
 
+def unpacked(data: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[np.uint8]:
+    """The first `count` of what is `packed` so."""
+    import numpy as np
+
+    each = np.unpackbits(data, count=count * bits, bitorder="little").reshape(count, bits)
+    return np.packbits(each, axis=1, bitorder="little")[:, 0]
+
+
 def middles(table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Between two neighbours in the table."""
     return (table[1:] + table[:-1]) / 2

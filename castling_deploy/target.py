@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -227,6 +227,12 @@ class Target(Protocol):
     def attest(self, folder: Path, artifact: Artifact, precision: Precision) -> Attestation:
         """Whether the files of `folder` are in `precision`, read from them alone. Raises ExportError where they cannot
         be read."""
+
+    def dequantised(self, folder: Path) -> Sequence[npt.NDArray[np.floating]]:
+        """What everything stands for that an int8 artefact stores in levels or tables, read from its files alone.
+
+        Weights are (C_out, ...), in the dtype of their scales or of the table. Raises ExportError.
+        """
 
     def load(self, folder: Path, *, threads: int = 1) -> AbstractContextManager[Session]:
         """The artefact of `folder`, loaded by the strongest witness present here. Raises ExportError."""

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError
 from castling_deploy.export.coreai_program import FUNCTION
-from castling_deploy.palette import BITS
+from castling_deploy.palette import BITS, unpacked
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from castling_deploy.target import Arrays
 
 PROGRAM, DIGEST, METADATA = "main.mlirb", "main.hash", "metadata.json"
@@ -102,15 +106,20 @@ def require_whole(path: Path) -> None:
         raise ExportError(f"{path.name} is damaged: {METADATA}: {error}", hint=hint) from error
 
 
-def read_asset(path: Path) -> AssetContents:
-    """What the asset on disk holds. Raises ExportError for a damaged one."""
+def program_of(path: Path) -> Any:
+    """The asset's program as MLIR's module. Raises ExportError for a damaged one."""
     from coreai.authoring import AIModelAsset
 
     require_whole(path)
     try:
-        module: Any = AIModelAsset.load(path).program._module._mlir_module
+        return AIModelAsset.load(path).program._module._mlir_module
     except (RuntimeError, ValueError) as error:
         raise ExportError(f"coreai does not read {path.name}: {error}", hint="export the network again") from error
+
+
+def read_asset(path: Path) -> AssetContents:
+    """What the asset on disk holds. Raises ExportError for a damaged one."""
+    module = program_of(path)
     (function,) = (found for found in module.body.operations if found.attributes["sym_name"].value == FUNCTION)
     kind = function.attributes["function_type"].value
     inputs = named(function.attributes["arg_attrs"], kind.inputs)
@@ -179,7 +188,12 @@ def look_up_tables(contents: AssetContents) -> dict[str, int]:
 
 
 def constants_of(module: Any) -> Iterator[tuple[str, Any]]:
-    """Name and values of every constant; numbers of less than a byte as the bytes that they are packed in.
+    """Name and values of every constant; numbers of less than a byte as the bytes that they are packed in."""
+    return ((name, values) for name, values, _ in named_constants(module))
+
+
+def named_constants(module: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Those, and MLIR's value that each is.
 
     MLIR's Python keeps the large ones, its resources, to itself (coreai-core 1.0.0b3); its text has them, as
     hexadecimal: four bytes of alignment, then the numbers.
@@ -195,11 +209,41 @@ def constants_of(module: Any) -> Iterator[tuple[str, Any]]:
             element = str(kind.element_type)
             if resource := REFERENCE.match(str(value)):
                 dtype, shape = ("uint8", -1) if element in PACKED else (NUMPY[element], kind.shape)
-                yield resource[1], np.frombuffer(blobs[resource[1]], dtype).reshape(shape)
+                values = np.frombuffer(blobs[resource[1]], dtype).reshape(shape)
+                yield resource[1], values, constant.results[0]
             elif element in PACKED:  # coreai-core 1.0.0b3 would end the process
                 raise ValueError(f"a constant of {kind} is not among its resources")
             else:
-                yield f"{stem}.{number}", np.array(value)
+                yield f"{stem}.{number}", np.array(value), constant.results[0]
+
+
+def dequantised(path: Path) -> list[npt.NDArray[np.floating]]:
+    """What the levels and the indices into tables of the asset on disk stand for. Raises ExportError."""
+    module = program_of(path)
+    try:
+        held = {value: values for _, values, value in named_constants(module)}
+        makers = (one for one in nested(module.operation) if one.name in LEVELS)
+        return [MAKES[one.name](one.results[0].type.shape, *(held[value] for value in one.operands)) for one in makers]
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ExportError(f"the weights of {path.name} cannot be read: {error}") from error
+
+
+def shifted_and_scaled(shape: list[int], levels: Any, scale: Any, before: Any, after: Any) -> Any:
+    """A row or a column shares a number of each of the others. Raises ValueError for smaller blocks."""
+    return ((levels.astype("float32") - before) * scale + after).astype(after.dtype)
+
+
+def looked_up(shape: list[int], indices: Any, table: Any, axis: Any) -> Any:
+    """One table for the whole of it. Raises ValueError for several."""
+    entries = table.reshape(-1)
+    if table.shape[-2] != len(entries):
+        raise ValueError(f"tables of shape {table.shape}")
+    if indices.shape != tuple(shape):
+        indices = unpacked(indices, len(entries).bit_length() - 1, math.prod(shape)).reshape(shape)
+    return entries[indices]
+
+
+MAKES: Mapping[str, Callable[..., Any]] = {DEQUANTISE: shifted_and_scaled, LOOK_UP: looked_up}
 
 
 def nested(operation: Any) -> Iterator[Any]:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     Output = npt.NDArray[np.generic] | str | int | dict[str | int, float]
 
+CONSTEXPR = "constexpr_"  # begins the type of what makes a constant of constants
 VARIADIC = "values"  # the one parameter that takes several values
 
 
@@ -94,6 +95,11 @@ class Program:
                 for declared, value in zip(step.operation.outputs, self._run(step, values), strict=True):
                     values[declared.name] = value
         return {feature.name: _output(values[feature.name]) for feature in self.package.outputs}
+
+    def made_constants(self) -> list[npt.NDArray[np.floating]]:
+        """What the program's constants in levels or look-up tables stand for, in its order. Raises ExportError."""
+        made = (step for step in self._steps if step.operation.type.startswith(CONSTEXPR))
+        return [value.numpy() for step in made for value in self._run(step, self._constants)]
 
     def _run(self, step: Step, values: Mapping[str, Any]) -> list[Any]:
         import torch

@@ -13,6 +13,8 @@ from castling_deploy.export.onnx_types import inferred
 from castling_deploy.target import Artifact, Attestation, Precision
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import onnx
 
 PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
@@ -25,10 +27,7 @@ def attest(path: Path, artifact: Artifact, precision: Precision, problems: tuple
     """
     import onnx
 
-    try:
-        model = onnx.load(path)
-    except Exception as error:  # FileNotFoundError, protobuf's DecodeError, ValidationError
-        raise ExportError(f"{path.name} cannot be read: {error}", hint="export the network again") from error
+    model = loaded(path)
     model.graph.ClearField("value_info")
     types = dtypes(inferred(model))
     nodes = list(every_node(model.graph))
@@ -64,6 +63,44 @@ def attest(path: Path, artifact: Artifact, precision: Precision, problems: tuple
         outputs=outputs,
         details=contents(model),
     )
+
+
+def loaded(path: Path) -> onnx.ModelProto:
+    """The model in the file `path`. Raises ExportError where it cannot be read."""
+    import onnx
+
+    try:
+        return onnx.load(path)
+    except Exception as error:  # FileNotFoundError, protobuf's DecodeError, ValidationError
+        raise ExportError(f"{path.name} cannot be read: {error}", hint="export the network again") from error
+
+
+def dequantised_constants(path: Path) -> list[npt.NDArray[np.floating]]:
+    """What the initialisers in levels of the file `path` stand for, the axis of C_out first, as ONNX defines it.
+
+    Raises ExportError.
+    """
+    import numpy as np
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    model = loaded(path)
+    graph = model.graph
+    stored = {tensor.name for tensor in graph.initializer}
+    nodes = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in stored]
+    del graph.node[:], graph.input[:], graph.output[:]
+    graph.node.extend(nodes)
+    graph.output.extend(onnx.ValueInfoProto(name=node.output[0]) for node in nodes)
+    try:
+        values = ReferenceEvaluator(model).run(None, {})
+    except Exception as error:  # whatever onnx raises for scales that do not fit their levels
+        raise ExportError(f"the levels of {path.name} cannot be read: {error}") from error
+    found = []
+    for node, each in zip(nodes, values):
+        attributes = {item.name: item.i for item in node.attribute}
+        axis = attributes.get("axis", 1)
+        found.append(np.moveaxis(each, 1 - axis if attributes.get("block_size") else axis, 0))  # groups: that of C_in
+    return found
 
 
 def contents(model: onnx.ModelProto) -> dict[str, Any]:

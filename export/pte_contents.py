@@ -14,14 +14,16 @@ DTYPES = {"FLOAT": "float32", "HALF": "float16", "CHAR": "int8"}  # ExecuTorch's
 class PteContents:
     """How often `forward` calls a delegate, and how often, by name, an operation outside the delegates.
 
-    `constants` are the bytes of the constant tensors: the delegates' weights, and the program's own. `payloads` are
-    what the delegates are handed, by the delegates' name; `outside_dtypes` counts what the operations outside make.
+    `constants` are the bytes of the constant tensors: the delegates' weights, which are `named`, and the program's own.
+    `payloads` are what the delegates are handed, by the delegates' name; `outside_dtypes` counts what the operations
+    outside make.
     `texts` are what the methods that return a text return. `inputs` and `outputs` of `forward` are (dtype, shape).
     """
 
     delegates: int
     outside: Mapping[str, int]
     constants: frozenset[bytes]
+    named: Mapping[str, bytes]
     payloads: tuple[tuple[str, bytes], ...]
     outside_dtypes: Mapping[str, int]
     texts: Mapping[str, str]
@@ -40,11 +42,13 @@ def pte_contents(data: bytes) -> PteContents:
     outside = Counter(plan.operators[call.op_index].name for call in calls if isinstance(call, KernelCall))
     makes = [plan.values[call.args[-1]].val for call in calls if isinstance(call, KernelCall)]
     names = Counter(DTYPES.get(value.scalar_type.name, "other") for value in makes if isinstance(value, Tensor))
-    named = file.named_data.buffers if file.named_data else []
+    store = file.named_data
+    named = {key: bytes(store.buffers[one.buffer_index]) for key, one in store.pte_data.items()} if store else {}
     return PteContents(
         sum(isinstance(call, DelegateCall) for call in calls),
         outside,
-        frozenset(map(bytes, [*named, *(item.storage for item in file.program.constant_buffer)])),
+        frozenset([*named.values(), *map(bytes, (item.storage for item in file.program.constant_buffer))]),
+        named,
         tuple(
             (delegate.id, bytes(file.program.backend_delegate_data[delegate.processed.index].data))
             for delegate in plan.delegates

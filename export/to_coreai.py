@@ -21,6 +21,7 @@ from castling_deploy.export.coreai_asset import (
     PRODUCTS,
     AssetContents,
     counts,
+    dequantised,
     look_up_tables,
     product_types,
     read_asset,
@@ -42,6 +43,8 @@ from castling_deploy.target import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from torch import nn
 
     from castling_deploy.target import Arrays
@@ -223,6 +226,9 @@ class CoreAITarget:
             yield session
         finally:
             session.close()
+
+    def dequantised(self, folder: Path) -> list[npt.NDArray[np.floating]]:
+        return dequantised(folder / FILE)
 
     def constants(self, folder: Path) -> Arrays:
         return read_asset(folder / FILE).constants

@@ -44,6 +44,8 @@ from castling_deploy.target import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from torch import nn
 
     from castling_deploy.target import Arrays
@@ -248,6 +250,9 @@ class CoreMLTarget:
             yield EvaluatedSession(load_program(folder / FILE), self.witness())
         finally:
             torch.set_num_threads(before)
+
+    def dequantised(self, folder: Path) -> list[npt.NDArray[np.floating]]:
+        return load_program(folder / FILE).made_constants()
 
     def constants(self, folder: Path) -> Arrays:
         import numpy as np

@@ -11,13 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from castling_deploy.eight_bits import (
-    Activations,
-    Quantisation,
-    require_weight_bits,
-    weight_groups,
-    weight_levels,
-)
+from castling_deploy.eight_bits import Activations, Quantisation, require_weight_bits
 from castling_deploy.errors import ExportError, ShapeError, UsageError
 from castling_deploy.export.attesting import attestation
 from castling_deploy.export.executorch_session import METADATA, ExecuTorchSession
@@ -28,13 +22,14 @@ from castling_deploy.export.scopes import inside
 from castling_deploy.export.torch_int8 import in_8_bits
 from castling_deploy.export.xnnpack_forms import in_xnnpack_forms
 from castling_deploy.export.xnnpack_patterns import needed_patterns
-from castling_deploy.export.xnnpack_payload import read_payload
+from castling_deploy.export.xnnpack_payload import Payload, read_payload
 from castling_deploy.facts import stating
-from castling_deploy.palette import packed
 from castling_deploy.target import Artifact, Attestation, Missing, Network, Precision, Session, Witness, WitnessKind
 from castling_deploy.traces import remembered
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
     from torch import nn
 
@@ -185,11 +180,8 @@ class ExecuTorchTarget:
         return replace(artifact, details=details)
 
     def attest(self, folder: Path, artifact: Artifact, precision: Precision) -> Attestation:
-        try:
-            contents = pte_contents((folder / FILE).read_bytes())
-        except Exception as error:  # OSError, and what ExecuTorch's reader says of a damaged file: ValueError, struct's
-            raise ExportError(f"{FILE} cannot be read: {error}", hint="export the network again") from error
-        payloads = [read_payload(data) for name, data in contents.payloads if name == BACKEND]
+        contents = read_contents(folder / FILE)
+        payloads = payloads_of(contents)
         told = json.loads(contents.texts.get(METADATA, "{}"))
         others = sorted({name for name, _ in contents.payloads} - {BACKEND})
         return attestation(
@@ -204,6 +196,14 @@ class ExecuTorchTarget:
             outputs=dict(zip(told.get("outputs", ()), contents.outputs)),
             details=contained(contents, precision),
         )
+
+    def dequantised(self, folder: Path) -> list[npt.NDArray[np.floating]]:
+        contents = read_contents(folder / FILE)
+        levels = (levels for payload in payloads_of(contents) for levels in payload.levels)
+        try:
+            return [each.dequantised(contents.named) for each in levels]
+        except (KeyError, ValueError) as error:
+            raise ExportError(f"the weights of {FILE} cannot be read: {error}") from error
 
     @contextmanager
     def load(self, folder: Path, *, threads: int = 1) -> Iterator[Session]:
@@ -222,6 +222,19 @@ def installed_version() -> str | None:
         return version("executorch")
     except PackageNotFoundError:
         return None
+
+
+def read_contents(path: Path) -> PteContents:
+    """The contents of the file `path`. Raises ExportError."""
+    try:
+        return pte_contents(path.read_bytes())
+    except Exception as error:  # OSError, and what ExecuTorch's reader says of a damaged file: ValueError, struct's
+        raise ExportError(f"{path.name} cannot be read: {error}", hint="export the network again") from error
+
+
+def payloads_of(contents: PteContents) -> list[Payload]:
+    """What XNNPACK is handed. Raises ExportError."""
+    return [read_payload(data) for name, data in contents.payloads if name == BACKEND]
 
 
 def program_of(network: Network, precision: Precision) -> torch.export.ExportedProgram:
@@ -314,22 +327,17 @@ def notes(contents: PteContents, precision: Precision) -> list[str]:
 
 
 def check(contents: PteContents, network: Network, precision: Precision) -> None:
-    """Raises ExportError unless XNNPACK runs the network, with every weight of a Linear stored as asked for."""
-    import torch
+    """Raises ExportError unless XNNPACK runs the network, with every float weight of a Linear stored as asked for."""
     from torch import nn
 
     if not contents.delegates and not network.part:
         raise ExportError("XNNPACK takes no operation of this network", hint="report this network")
     levels = network.quantisation
     for name, module in network.module.named_modules():
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear) or (levels and name in levels.ranges):
             continue
         weight = module.weight.detach()
-        if levels and name in levels.ranges:
-            grouped = levels.in_groups(module.in_features)
-            held = (weight_groups if grouped else weight_levels)(weight.numpy())[0]
-            weight = torch.from_numpy(packed(held + 8, 4) if grouped else held)  # XNNPACK's 4 bits count from -8
-        elif precision is Precision.FP16 and not inside(name, network.islands):
+        if precision is Precision.FP16 and not inside(name, network.islands):
             weight = weight.half()
         if stored(weight) not in contents.constants:
             raise ExportError(

@@ -39,6 +39,8 @@ from castling_deploy.target import (
 from castling_deploy.traces import remembered
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import onnx
     import torch
     from torch import nn
@@ -180,6 +182,9 @@ class OnnxTarget:
     @contextmanager
     def load(self, folder: Path, *, threads: int = 1) -> Iterator[Session]:
         yield OnnxSession(folder / FILE, threads, WitnessKind.RUNTIME)
+
+    def dequantised(self, folder: Path) -> list[npt.NDArray[np.floating]]:
+        return onnx_attest.dequantised_constants(folder / FILE)
 
     def constants(self, folder: Path) -> Arrays:
         return constants(folder / FILE)
@@ -324,11 +329,8 @@ def constants(path: Path) -> dict[str, Any]:
     """The initialisers of the file `path` by name, as arrays. Raises ExportError where it cannot be read."""
     import onnx
 
-    try:
-        model = onnx.load(path)
-    except Exception as error:  # protobuf's DecodeError, whose module moves
-        raise ExportError(f"{path.name} cannot be read: {error}", hint="export the network again") from error
-    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    graph = onnx_attest.loaded(path).graph
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
 
 
 def specs(network: Network, *, dynamic: bool) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:

@@ -26,6 +26,8 @@ from castling_deploy.facts import stating
 from castling_deploy.target import Artifact, Attestation, Missing, Network, Precision, Session, Witness, WitnessKind
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from torch import nn
 
     from castling_deploy.target import Arrays
@@ -166,6 +168,9 @@ class TensorRTTarget:
         yield engine_session(folder / ENGINE) or OnnxSession(
             folder / to_onnx.FILE, threads, WitnessKind.REFERENCE, remark=REMARK
         )
+
+    def dequantised(self, folder: Path) -> list[npt.NDArray[np.floating]]:
+        return onnx_attest.dequantised_constants(folder / to_onnx.FILE)
 
     def constants(self, folder: Path) -> Arrays:
         return to_onnx.constants(folder / to_onnx.FILE)

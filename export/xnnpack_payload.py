@@ -13,21 +13,55 @@ import re
 import struct
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError
+from castling_deploy.palette import unpacked
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 MAGIC, PLACE = b"XH00", struct.Struct("<II")
 # XNNPACK's datatypes -> numpy's names; what is 8 bits wide in any of its schemes counts as int8
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int32": "int32", "pfp32": "float32"}
 BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int32": 32, "int8": 8, "int4": 4}
+IN_LEVELS = ("PerChannelQuant", "PerChannelGroupQuant")
+ZERO_OF_4_BITS = 8
 INFINITE = re.compile(r"(?<=: )[+-]?(inf|nan)\b")  # bounds of activations: flatc writes what JSON has no word for
 PRODUCTS = frozenset(
     {"XNNBatchMatrixMultiply", "XNNConv2d", "XNNConvTranspose2d", "XNNDepthwiseConv2d", "XNNFullyConnected"}
 )
+
+
+@dataclass(frozen=True)
+class Levels:
+    """A weight in levels: what they and its scales are called among the named data of the file.
+
+    Every place on axis `channel` has a float32 scale, or every `group` of levels in a row a bfloat16 one.
+    """
+
+    name: str
+    scales: str
+    shape: tuple[int, ...]
+    channel: int
+    group: int | None
+
+    def dequantised(self, named: Mapping[str, bytes]) -> npt.NDArray[np.float32]:
+        """What they stand for. Raises KeyError and ValueError where the data are not there, or others."""
+        import numpy as np
+
+        data, scales = np.frombuffer(named[self.name], np.uint8), named[self.scales]
+        if self.group is None:
+            along = [-1 if axis == self.channel else 1 for axis in range(len(self.shape))]
+            return data.view(np.int8).reshape(self.shape) * np.frombuffer(scales, np.float32).reshape(along)
+        levels = unpacked(data, 4, math.prod(self.shape)).reshape(-1, self.group) - np.float32(ZERO_OF_4_BITS)
+        steps = (np.frombuffer(scales, np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return (levels * steps[:, None]).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -37,6 +71,7 @@ class Payload:
     operations: Counter[str]
     products: Counter[str]
     constant_bytes: Counter[str]
+    levels: tuple[Levels, ...]
 
 
 def read_payload(data: bytes) -> Payload:
@@ -44,14 +79,19 @@ def read_payload(data: bytes) -> Payload:
     if data[4:8] != MAGIC:
         raise ExportError("a delegate's payload is not XNNPACK's", hint="export the network again")
     graph = _decompiled(data[slice_of(data)])
-    values, dtypes, constants = {}, {}, Counter[str]()
+    values, dtypes, constants, levels = {}, {}, Counter[str](), []
+    keys = [item["named_key"] for item in graph["constant_data"]]
     for item in graph["xvalues"]:
-        value = item["xvalue_union"]
-        value = value.get("tensor_value", value)
+        scheme = item["xvalue_union"]
+        value = scheme.get("tensor_value", scheme)
         values[value["id_out"]] = value
         dtypes[value["id_out"]] = dtype = dtype_of(value["datatype"])
         if value["constant_buffer_idx"]:
             constants[dtype] += math.prod(value.get("dims", ())) * BITS.get(dtype, 0) // 8
+            if scheme.get("quant_params_type") in IN_LEVELS:
+                by = scheme["quant_params"]
+                stored, scales = keys[value["constant_buffer_idx"]], keys[by["scale_buffer_idx"]]
+                levels.append(Levels(stored, scales, tuple(value["dims"]), by["channel_dim"], by.get("group_size")))
     operations, products = Counter[str](), Counter[str]()
     for node in graph["xnodes"]:
         makes = dtypes[node["xnode_union"].get("output_id", node["xnode_union"].get("output1_id", 0))]
@@ -59,7 +99,7 @@ def read_payload(data: bytes) -> Payload:
         if node["xnode_union_type"] in PRODUCTS:
             weights = dtypes.get(node["xnode_union"].get("filter_id", -1), makes)
             products["int8" if weights in ("int8", "int4") else makes] += 1
-    return Payload(operations, products, constants)
+    return Payload(operations, products, constants, tuple(levels))
 
 
 def slice_of(data: bytes) -> slice:

@@ -103,12 +103,14 @@ def quantised(network: nn.Module, quantisation: Quantisation) -> nn.Module:
     """A copy of `network` (folded, float32) whose modules in `quantisation` compute in 8 bits."""
     twin = copy.deepcopy(network)
     for path in quantisation.ranges:
-        module = twin.get_submodule(path)
-        made: nn.Module
-        if isinstance(module, nn.Conv2d):
-            made = QuantisedConv(module, quantisation, path)
-        else:
-            assert isinstance(module, nn.Linear)
-            made = QuantisedLinear(module, quantisation, path)
-        twin.set_submodule(path, made)
+        twin.set_submodule(path, quantised_module(twin, quantisation, path))
     return twin.eval()
+
+
+def quantised_module(network: nn.Module, quantisation: Quantisation, path: str) -> QuantisedLinear | QuantisedConv:
+    """What stands in the place of the module `path`."""
+    module = network.get_submodule(path)
+    if isinstance(module, nn.Conv2d):
+        return QuantisedConv(module, quantisation, path)
+    assert isinstance(module, nn.Linear)
+    return QuantisedLinear(module, quantisation, path)

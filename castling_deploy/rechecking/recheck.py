@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from castling_deploy.artifact import Folder, network_for, read_folder
 from castling_deploy.errors import CrashError, ExportError, ParityError, TargetUnavailableError
 from castling_deploy.execution import inputs_for, repeated
+from castling_deploy.identify import ModelCard
+from castling_deploy.int8.held import misheld
 from castling_deploy.int8.sensitivity import in_saved_8_bits
 from castling_deploy.isolation import Call, Limits, Worker
 from castling_deploy.ladder import Ladder
 from castling_deploy.latency import Timing, interleaved, timed
-from castling_deploy.localising.rebuilt import Rebuilt, rebuilt
+from castling_deploy.localising.rebuilt import rebuilt
 from castling_deploy.parity import Failure, ParityReport, Rung, Verdict, WitnessReport
 from castling_deploy.probes import Probes
 from castling_deploy.progress import Advance, Progress, Silent
@@ -116,20 +118,28 @@ def verify(
     def compare(runner: Runner, call: Call, advance: Advance) -> WitnessReport:
         return witnessed(runner, folder.artifact, folder.path, ladder, folder.precision, advance, call)
 
-    lowered = _lowered(target, folder, again, progress, limits)
+    lowered, wrong = _built_again(target, folder, again.card, ladder, progress, limits)
+    claims = replace(claims, contradictions=(*claims.contradictions, *wrong))
     reports = _heard(able, compare, "verify against the checkpoint", progress, limits)
     parity = parity_report(ladder, folder.precision, reports, lowered)
     return Recheck(folder, saved, claims, seen, absent, ladder, parity)
 
 
-def _lowered(target: Target, folder: Folder, again: Rebuilt, progress: Progress, limits: Limits) -> Rung | None:
-    """What the target's rewrites change, judged again; None where its toolchain is not here. Raises ExportError."""
+def _built_again(
+    target: Target, folder: Folder, card: ModelCard, ladder: Ladder, progress: Progress, limits: Limits
+) -> tuple[Rung | None, tuple[str, ...]]:
+    """What the target's rewrites change, judged again, and what is wrong about the weights in 8 bits; None and nothing
+    where its toolchain is not here. Raises ExportError."""
     if target.missing() is not None:
-        return None
-    network = network_for(again.card, again.ladder.folded, max(1, folder.artifact.inputs[0].shape[0]))
+        return None, ()
+    levels = ladder.in_8_bits.quantisation if ladder.in_8_bits else None
+    batch = max(1, folder.artifact.inputs[0].shape[0])
+    network = network_for(card, ladder.folded, batch, quantisation=levels)
     asked = {name: value for name, value in folder.manifest["options"].items() if value is not None}
     with progress.stage(f"{target.name}: lower the network again"), Worker(limits) as worker:
-        return lowered_rung(target, network, options_for(target, asked), again.ladder, worker.call)
+        lowered = lowered_rung(target, network, options_for(target, asked), ladder, worker.call)
+        wrong = worker.call(f"{target.name}: read back the weights", misheld, target, folder.path, network)
+    return lowered, wrong
 
 
 def _able(target: Target, folder: Folder, on: Sequence[str]) -> tuple[tuple[Runner, ...], tuple[Absent, ...]]:
