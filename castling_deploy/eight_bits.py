@@ -93,9 +93,18 @@ class Quantisation:
         """Those of what the module `path` returns."""
         return scale_of(self.results[path], self.activations)
 
-    def in_groups(self, inputs: int) -> bool:
-        """Whether a Linear of so many inputs has its weights in 4 bits."""
-        return self.weight_bits == 4 and inputs % GROUP == 0
+    def levels_of(
+        self,
+        weight: npt.NDArray[np.float32],
+        bias: npt.NDArray[np.float32] | None = None,
+        given_scale: float | None = None,
+    ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+        """`weight_groups` of a weight (C_out, C_in) that is in 4 bits, and `weight_levels` of another: the scales of
+        the former have two axes.
+        """
+        if self.weight_bits == 4 and weight.shape[1] % GROUP == 0:
+            return weight_groups(weight)
+        return weight_levels(weight, bias, given_scale)
 
     def of(self, paths: Collection[str]) -> Quantisation:
         """These modules alone."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from castling_deploy.eight_bits import GROUP, Activations, Quantisation, weight_groups, weight_levels
+from castling_deploy.eight_bits import GROUP, Activations, Quantisation
 from castling_deploy.errors import ExportError
 from castling_deploy.palette import packed
 
@@ -79,8 +79,7 @@ class _Rewriting:
     def _weight_alone(self, node: onnx.NodeProto, path: str) -> None:
         weight = node.input[1]
         inputs = int(any(item.name == "transB" and item.i for item in node.attribute))  # the axis of C_in
-        grouped = self.quantisation.in_groups(self.constants[weight].shape[inputs])
-        node.input[1] = self._groups(weight, inputs) if grouped else self._weight(weight, 1 - inputs, None, None)[0]
+        node.input[1], _ = self._weight(weight, 1 - inputs, None, None)
         self.nodes.append(node)
         self.done.add(path)
 
@@ -174,16 +173,18 @@ class _Rewriting:
     def _weight(
         self, name: str, axis: int, bias: str | None, given_scale: float | None
     ) -> tuple[str, npt.NDArray[np.float32]]:
-        """A weight in int8, its output channels on `axis`: the name of what stands for it, and the scales (C_out,)."""
+        """A weight in levels, its output channels on `axis`: the name of what stands for it, and the scales."""
         import numpy as np
 
         rows = np.moveaxis(self.constants[name], axis, 0)
         shift = self.constants[bias] if bias else None
-        levels, scales = weight_levels(rows.reshape(len(rows), -1), shift, given_scale)
+        levels, scales = self.quantisation.levels_of(rows.reshape(len(rows), -1), shift, given_scale)
         stored = np.moveaxis(levels.reshape(rows.shape), 0, axis)
+        if scales.ndim == 2:
+            return self._groups(name, stored, np.moveaxis(scales, 0, axis), 1 - axis), scales
         return self._dequantised(name, stored, scales, axis), scales
 
-    def _groups(self, name: str, axis: int) -> str:
+    def _groups(self, name: str, levels: npt.NDArray[Any], scales: npt.NDArray[Any], axis: int) -> str:
         """A weight in int4, its inputs on `axis`: the name of what stands for it."""
         import numpy as np
         import onnx
@@ -192,8 +193,6 @@ class _Rewriting:
         if made in self.made:
             return made
         self.made.add(made)
-        rows, rows_scales = weight_groups(np.moveaxis(self.constants[name], axis, 1))
-        levels, scales = np.moveaxis(rows, 1, axis), np.moveaxis(rows_scales, 1, axis)
         data = packed(levels, 4).tobytes()
         stored = onnx.helper.make_tensor(f"{name}/levels", onnx.TensorProto.INT4, levels.shape, data, raw=True)
         self.model.graph.initializer.append(stored)

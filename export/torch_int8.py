@@ -13,7 +13,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from castling_deploy.eight_bits import GROUP, Activations, weight_groups, weight_levels
+from castling_deploy.eight_bits import GROUP, Activations
 from castling_deploy.export.torch_palette import palettised_linear
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ def linear_in_levels(quantisation: Quantisation) -> Callable[[nn.Linear], nn.Mod
 
         def __init__(self, linear: nn.Linear) -> None:
             super().__init__()
-            self.grouped = quantisation.in_groups(linear.in_features)
-            made = (weight_groups if self.grouped else weight_levels)(linear.weight.detach().numpy())
+            made = quantisation.levels_of(linear.weight.detach().numpy())
             self.weight, self.scales = map(nn.Buffer, map(torch.from_numpy, made))
             self.zeros = nn.Buffer(torch.zeros(self.scales.shape, dtype=torch.int64))
             self.bias = linear.bias
@@ -65,7 +64,7 @@ def linear_in_levels(quantisation: Quantisation) -> Callable[[nn.Linear], nn.Mod
                 scale, zero = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
                 x = ops.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
                 x = ops.dequantize_per_token(x, scale, zero, -128, 127, torch.int8, torch.float32)
-            if self.grouped:
+            if self.scales.dim() == 2:
                 weight = ops.dequantize_per_channel_group(
                     self.weight, self.scales, self.zeros, -8, 7, torch.int8, GROUP, torch.float32
                 )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,9 @@ from exported import CLASSIFIER, copied, exported
 from folded_networks import network_of
 from torch import nn
 
-from castling_deploy import bundled
+from castling_deploy import bundled, eight_bits
 from castling_deploy.errors import ExportError
+from castling_deploy.export import to_onnx, torch_palette
 from castling_deploy.int8.held import misheld, same
 from castling_deploy.making import exported as exported_here
 from castling_deploy.request import Step
@@ -38,15 +39,13 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "coreai, tables": ("coreai", {"palettise": 6}),
     "executorch, 4 bits": ("executorch", {"weight_bits": 4}),  # and 8 where inputs are no multiple of 32
 }
-MAKERS = (
-    "onnx_int8.weight_levels",
-    "onnx_int8.weight_groups",
-    "torch_int8.weight_levels",
-    "torch_int8.weight_groups",
-    "torch_palette.palettised",
+MAKERS: tuple[tuple[ModuleType, str], ...] = (
+    (eight_bits, "weight_levels"),
+    (eight_bits, "weight_groups"),
+    (torch_palette, "palettised"),
 )
 WIDTHS = (32, 32, 48, 48, 64, 32, 32)
-QUERY, FACTOR = "stages.0.blocks.0.attn.query", np.float32(2)
+QUERY = "stages.0.blocks.0.attn.query"
 IN_8_BITS = [str(number) for number in range(5)]  # the last Linear stays in float
 
 
@@ -101,9 +100,8 @@ def make_wrong(patched: pytest.MonkeyPatch, weights: Mapping[str, np.ndarray]) -
 
         return maker
 
-    for module, function in (maker.split(".") for maker in MAKERS):
-        place = import_module(f"castling_deploy.export.{module}")
-        patched.setattr(place, function, wrong(getattr(place, function)))
+    for module, function in MAKERS:
+        patched.setattr(module, function, wrong(getattr(module, function)))
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -132,9 +130,18 @@ def test_an_export_that_stores_a_weight_wrongly_is_rejected(
     target, options, network = in_8_bits(linears, "onnx")
     step, few = Step(target, Precision.INT8, options), np.ones((1, 16, 32), np.float32)
     exported_here(step, network, tmp_path, few)
-    make_wrong(monkeypatch, {path: weight_of(network, path) for path in IN_8_BITS})
-    with pytest.raises(ExportError, match=r"does not hold 0\.weight .* does not hold 1\.weight"):
+    in_levels = to_onnx.in_8_bits
+    monkeypatch.setattr(to_onnx, "in_8_bits", lambda *given: with_scales_doubled(in_levels(*given), "1"))
+    with pytest.raises(ExportError, match=r"does not hold 1\.weight"):
         exported_here(step, network, tmp_path, few)
+
+
+def with_scales_doubled(model: onnx.ModelProto, path: str) -> onnx.ModelProto:
+    product = next(node for node in model.graph.node if node.name.startswith(f"{path}/"))
+    (made,) = (node for node in model.graph.node if product.input[1] in node.output)
+    (scales,) = (tensor for tensor in model.graph.initializer if tensor.name == made.input[1])
+    scales.CopyFrom(onnx.numpy_helper.from_array(np.float32(2) * onnx.numpy_helper.to_array(scales), scales.name))
+    return model
 
 
 def test_a_weight_may_differ_by_the_rounding_of_its_scales_and_no_more() -> None:
@@ -158,12 +165,7 @@ def test_a_weight_may_differ_by_the_rounding_of_its_scales_and_no_more() -> None
 def test_one_small_weight_that_parity_does_not_see_fails_verify_with_the_checkpoint(tmp_path: Path) -> None:
     """A query's scales, doubled: behind its norm, they hardly matter."""
     path = copied(exported(CLASSIFIER, "onnx", "int8"), tmp_path)
-    model = onnx.load(path / "model.onnx")
-    product = next(node for node in model.graph.node if node.name.startswith(f"{QUERY}/"))
-    (made,) = (node for node in model.graph.node if product.input[1] in node.output)
-    (scales,) = (tensor for tensor in model.graph.initializer if tensor.name == made.input[1])
-    scales.CopyFrom(onnx.numpy_helper.from_array(FACTOR * onnx.numpy_helper.to_array(scales), scales.name))
-    onnx.save(model, path / "model.onnx")
+    onnx.save(with_scales_doubled(onnx.load(path / "model.onnx"), QUERY), path / "model.onnx")
     reseal(path)
     assert castling("verify", path).code == 0
     run = castling("verify", path, "--checkpoint", bundled.checkpoint_path(CLASSIFIER))

@@ -11,7 +11,7 @@ import copy
 import torch
 from torch import nn
 
-from castling_deploy.eight_bits import GROUP, Activations, Quantisation, weight_groups, weight_levels
+from castling_deploy.eight_bits import Activations, Quantisation
 from castling_deploy.palette import palettised
 
 
@@ -24,11 +24,7 @@ class QuantisedLinear(nn.Module):
         if self.activations.calibrated:
             self.levels = quantisation.scale(path)
         self.result = quantisation.result_scale(path) if path in quantisation.results else None
-        self.weight, self.bias = in_levels(linear, self.levels[0] if self.levels else None)
-        if quantisation.palette is not None:
-            self.weight = in_palette(linear, quantisation.palette)
-        if quantisation.in_groups(linear.in_features):
-            self.weight = in_groups(linear)
+        self.weight, self.bias = held(linear, quantisation, self.levels[0] if self.levels else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.levels is not None:
@@ -48,7 +44,7 @@ class QuantisedConv(nn.Module):
     def __init__(self, conv: nn.Conv2d, quantisation: Quantisation, path: str) -> None:
         super().__init__()
         self.given, self.result = quantisation.scale(path), quantisation.result_scale(path)
-        self.weight, self.bias = in_levels(conv, self.given[0])
+        self.weight, self.bias = held(conv, quantisation, self.given[0])
         self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -58,28 +54,25 @@ class QuantisedConv(nn.Module):
         return rounded(y, *self.result)
 
 
-def in_levels(module: nn.Linear | nn.Conv2d, given_scale: float | None) -> tuple[nn.Buffer, nn.Buffer | None]:
-    """Weight and bias as 8 and, where the scale of what the module is given is known, 32 bits hold them."""
+def held(
+    module: nn.Linear | nn.Conv2d, quantisation: Quantisation, given_scale: float | None
+) -> tuple[nn.Buffer, nn.Buffer | None]:
+    """Weight and bias as levels or a table and, where the scale of what the module is given is known, 32 bits hold
+    them.
+    """
     weight = module.weight.detach()
     bias = None if module.bias is None else module.bias.detach().clone()
-    shift = None if bias is None else bias.numpy()
-    levels, scales = map(torch.from_numpy, weight_levels(weight.flatten(1).numpy(), shift, given_scale))
-    if bias is not None and given_scale is not None:
-        steps = scales * given_scale  # (C_out,)
-        bias = (bias / steps).round() * steps
-    return nn.Buffer((levels * scales[:, None]).view_as(weight)), None if bias is None else nn.Buffer(bias)
-
-
-def in_palette(linear: nn.Linear, bits: int) -> nn.Buffer:
-    """A weight as its look-up table holds it."""
-    indices, table = map(torch.from_numpy, palettised(linear.weight.detach().numpy(), bits))
-    return nn.Buffer(table.float()[indices.long()])
-
-
-def in_groups(linear: nn.Linear) -> nn.Buffer:
-    """A weight as 4 bits hold it."""
-    levels, scales = map(torch.from_numpy, weight_groups(linear.weight.detach().numpy()))
-    return nn.Buffer(levels * scales.repeat_interleave(GROUP, 1))
+    if quantisation.palette is not None:
+        indices, table = map(torch.from_numpy, palettised(weight.numpy(), quantisation.palette))
+        weight = table.float()[indices.long()]
+    else:
+        shift = None if bias is None else bias.numpy()
+        levels, scales = map(torch.from_numpy, quantisation.levels_of(weight.flatten(1).numpy(), shift, given_scale))
+        if bias is not None and given_scale is not None:
+            steps = scales * given_scale  # (C_out,)
+            bias = (bias / steps).round() * steps
+        weight = (levels.reshape(*scales.shape, -1) * scales[..., None]).view_as(weight)
+    return nn.Buffer(weight), None if bias is None else nn.Buffer(bias)
 
 
 def rounded(

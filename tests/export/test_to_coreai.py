@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,10 +21,11 @@ from folded_networks import folded_network, images_for, logits_of, network_of
 from networks import BASELINES, SMALL, SMALL_DEIT, conditioned, small
 from torch import nn
 
+from castling_deploy import eight_bits
 from castling_deploy.castle import castle
 from castling_deploy.eight_bits import Activations, Quantisation, weight_levels
 from castling_deploy.errors import ExportError, ShapeError
-from castling_deploy.export import to_coreai, torch_int8
+from castling_deploy.export import to_coreai
 from castling_deploy.export.coreai_asset import read_asset
 from castling_deploy.export.coreai_program import Wide, converted, exported_program, numbered, wide_in
 from castling_deploy.export.scopes import inside
@@ -267,12 +269,13 @@ def test_weights_that_stayed_in_float_are_refused(int8: Exported, half: Exported
 
 
 def test_a_stale_scale_is_seen(int8: Exported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def stale(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        levels, scales = weight_levels(weight)
+    def stale(*given: Any) -> tuple[np.ndarray, np.ndarray]:
+        levels, scales = weight_levels(*given)
         return levels, 1.1 * scales
 
-    monkeypatch.setattr(torch_int8, "weight_levels", stale)
-    TARGET.export(int8.network, Precision.INT8, CoreAIOptions(), tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(eight_bits, "weight_levels", stale)
+        TARGET.export(int8.network, Precision.INT8, CoreAIOptions(), tmp_path)
     assert int8.network.quantisation is not None
     network = replace(int8.network, module=quantised(int8.network.module, int8.network.quantisation))
     assert differs(network, tmp_path, BATCH) > LIMITS[Precision.FP16]
