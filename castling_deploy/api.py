@@ -20,6 +20,7 @@ from castling_deploy.execution import inputs_for, run_artifact
 from castling_deploy.fold import fold as folded
 from castling_deploy.identify import ModelCard, identify
 from castling_deploy.making import Result
+from castling_deploy.models.attention import was_cast
 from castling_deploy.models.dialects import in_our_names
 from castling_deploy.models.family import family_of
 from castling_deploy.parity import Array, Verdict
@@ -69,11 +70,11 @@ def save(network: nn.Module, path: str | Path, *, overwrite: bool = False, **fac
     network was cast: its checkpoint is the one before the cast.
     """
     card = _card(network)
+    if was_cast(network) or (card is not None and card.already_cast):  # one that was folded has no attention that tells
+        raise UsageError("the network was cast, and is no checkpoint any more", hint="save it before castle or fold")
     known = facts_of(card or _recognised(network)[1])
     if card is None:
         known["name"] = None  # made up
-    elif card.already_cast:
-        raise UsageError("the network was cast, and is no checkpoint any more", hint="save it before castle or fold")
     elif card.checkpoint_sha256 is None:
         known["warnings"] = None  # its weights have changed since: it was trained like this now
     write_checkpoint(Path(path), network.state_dict(), {**known, **facts}, overwrite=overwrite)
@@ -222,4 +223,5 @@ def _recognised(network: nn.Module) -> tuple[nn.Module, ModelCard]:
     )  # all of it: what holds a network has a forward of its own
     model = family.baseline if is_baseline else None
     own, card = identify(reading.Checkpoint(Path("in-memory"), None, tensors, card=facts), model=model)
+    card = replace(card, already_cast=was_cast(network))
     return (own.train(network.training) if castlified else network), card

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -116,6 +116,7 @@ def all_tokens(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+@runtime_checkable
 class Attention(Protocol):
     """What the attentions of all families have in common once x has become q, k and v.
 
@@ -190,6 +191,12 @@ def cast_before_fold(attention: Attention) -> None:
     """Raises FoldError while the auxiliary branch is there: the folded forms have none."""
     if attention.aux_threshold is not None:
         raise FoldError("an auxiliary branch is still there", hint="call castle() before fold()")
+
+
+def was_cast(network: nn.Module) -> bool:
+    """Whether auxiliary branches of `network` were cast away. Tensors do not always tell: DeiT's branch has none."""
+    attentions = (module for module in network.modules() if isinstance(module, Attention))
+    return any(attention.aux_threshold is None and attention.dconv is not None for attention in attentions)
 
 
 class LinearAngularAttention(nn.Module):
