@@ -24,6 +24,7 @@ from castling_deploy.export.mil_shape_ops import (
     per_channel,
     selections,
 )
+from castling_deploy.palette import unpacked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -276,9 +277,8 @@ def _products(sums: Sums) -> Table:
 
     def constexpr_lut_to_dense(indices: Tensor, lut: Tensor, shape: Tensor) -> Tensor:
         bits, sizes = len(lut).bit_length() - 1, ints(shape)
-        packed = indices.long()[:, None] >> torch.arange(8) & 1  # the lowest bit first
-        found = packed.flatten()[: math.prod(sizes) * bits].reshape(-1, bits)
-        return lut[(found << torch.arange(bits)).sum(1)].reshape(sizes)
+        found = unpacked(indices.numpy(), bits, math.prod(sizes))
+        return lut[torch.from_numpy(found).long()].reshape(sizes)
 
     def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         scores = sums.matmul(query, key.mT) / math.sqrt(query.shape[-1])
