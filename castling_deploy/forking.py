@@ -25,7 +25,7 @@ from importlib import import_module
 from pathlib import Path
 
 START = (
-    "import sys; sys.path[:0] = {path!r}; from castling_deploy.forking import born; connection = born({descriptor}); "
+    "from castling_deploy.forking import born; connection = born({descriptor}); "
     "from castling_deploy.isolation import serve; serve(connection)"
 )
 RUN = ("castling_deploy.making", "castling_deploy.verification")  # by workers, who are told by name
@@ -63,15 +63,7 @@ class Server:
         self.surroundings = surroundings
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", START.format(path=searched(), descriptor=theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                env=surroundings_of_workers(),
-                start_new_session=True,
-            )
+            self._process = interpreter(START, theirs.fileno(), subprocess.DEVNULL, surroundings_of_workers())
 
     def forked(self, connection: int, log: int, folder: Path, environment: dict[str, str]) -> Forked:
         """A worker that serves `connection` and writes to `log`. Raises OSError or struct.error where there is none."""
@@ -127,6 +119,21 @@ def surroundings_of_workers() -> dict[str, str]:
     with one each in 44.1.
     """
     return {"OMP_NUM_THREADS": "1", **os.environ}
+
+
+def interpreter(code: str, descriptor: int, output: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """A fresh interpreter that runs `code`, in which `{descriptor}` stands for one that it inherits. Both streams go
+    to `output`.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {searched()!r}; {code.format(descriptor=descriptor)}"],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        pass_fds=(descriptor,),
+        env=environment,
+        start_new_session=True,  # so that Ctrl-C reaches the caller alone, and a kill reaches all it started
+    )
 
 
 def forked(connection: int, log: int, folder: Path, environment: dict[str, str]) -> Forked | None:

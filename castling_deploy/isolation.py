@@ -18,7 +18,6 @@ import pickle
 import signal
 import struct
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from castling_deploy.errors import CastlingError, CrashError
-from castling_deploy.forking import Forked, forked, ready, searched, surroundings_of_workers
+from castling_deploy.forking import Forked, forked, interpreter, ready, surroundings_of_workers
 from castling_deploy.progress import Advance
 from castling_deploy.quiet import tail
 from castling_deploy.scratch import Scratch
@@ -38,7 +37,7 @@ T = TypeVar("T")
 POLL_S = 0.1
 IN_PROCESS = "CASTLING_IN_PROCESS"  # set, jobs run in the caller's process: for debuggers, and without any limit
 ALIGNMENT = 64  # bytes, of every array in a job's file
-START = "import sys; sys.path[:0] = {path!r}; from castling_deploy.isolation import serve; serve({descriptor})"
+START = "from castling_deploy.isolation import serve; serve({descriptor})"
 
 
 @dataclass(frozen=True)
@@ -77,15 +76,7 @@ class Worker:
         scratch = str(self._scratch.path)  # it is killed, and removes nothing by itself
         environment = {**surroundings_of_workers(), "TMPDIR": scratch}
         self._process = forked(theirs.fileno(), self._log.fileno(), self._scratch.path, environment)
-        self._process = self._process or subprocess.Popen(
-            [sys.executable, "-c", START.format(path=searched(), descriptor=theirs.fileno())],
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
-            pass_fds=(theirs.fileno(),),
-            env=environment,
-            start_new_session=True,  # so that Ctrl-C reaches the caller alone, and a kill reaches all it started
-        )
+        self._process = self._process or interpreter(START, theirs.fileno(), self._log.fileno(), environment)
         theirs.close()
         self._connection = ours
 

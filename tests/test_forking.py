@@ -96,7 +96,7 @@ def test_the_process_that_forks_is_started_again_where_it_was_killed() -> None:
 
 
 def test_a_worker_is_a_fresh_interpreter_where_the_process_that_forks_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forking, "START", "import sys; {path!r}, {descriptor}; sys.exit()")
+    monkeypatch.setattr(forking, "START", "{descriptor}; sys.exit()")
     monkeypatch.setenv("CASTLING_TEST", "another process")
     with Worker() as worker:
         assert isinstance(worker._process, subprocess.Popen)
