@@ -1,7 +1,7 @@
 """The operations of Core ML's MIL over torch: name -> function, with MIL's own parameter names and defaults.
 
 Semantics are those that coremltools documents (converters/mil/mil/ops/defs, iOS15 to iOS18) and were checked against
-torch, operation by operation (tests/export/test_mil_evaluator.py). Every tensor arrives as a torch tensor, constants
+torch, operation by operation (tests/export/test_mil_operations.py). Every tensor arrives as a torch tensor, constants
 included, and float16 arrives as float32: what an operation does inside is float32, the evaluator rounds its result.
 A parameter value that is not covered is an UnsupportedOpError, never a guess.
 """
