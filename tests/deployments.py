@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -65,3 +66,10 @@ def _run(arguments: list[str], folder: Path, environment: dict[str, str]) -> Run
         out.seek(0)
         err.seek(0)
         return Run(code, out.read().decode(), err.read().decode())
+
+
+def without_torch(*arguments: str) -> Run:
+    """`castling` where torch cannot be imported."""
+    code = "import sys\nsys.modules['torch'] = None\nfrom castling_deploy.cli import main\nmain()"
+    process = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
+    return Run(process.returncode, process.stdout, process.stderr)
