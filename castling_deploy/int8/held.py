@@ -34,19 +34,19 @@ def misheld(target: Target, folder: Path, network: Network) -> tuple[str, ...]:
     if levels is None:
         return ()
     try:
-        wrong, left = [], list(enumerate(target.dequantised(folder)))
+        wrong, held = [], list(enumerate(target.dequantised(folder)))
     except ExportError as error:
         return (error.message,)
     known = set[int]()
     for path in levels.ranges:
         own = quantised_module(network.module, levels, path)
-        found = {place for place, values in left if same(values, own.weight.numpy())}
+        found = {place for place, values in held if same(values, own.weight.numpy())}
         if not found:
             wrong.append(f"the file does not hold {path}.weight as the network in 8 bits has it")
         if own.bias is not None:
-            found |= {place for place, values in left if same(values, own.bias.detach().numpy())}
+            found |= {place for place, values in held if same(values, own.bias.detach().numpy())}
         known |= found
-    strays = [values.shape for place, values in left if place not in known]
+    strays = [values.shape for place, values in held if place not in known]
     return *wrong, *(f"numbers of shape {shape} in the file's 8 bits are none of the network's" for shape in strays)
 
 

@@ -24,7 +24,7 @@ class QuantisedLinear(nn.Module):
         if self.activations.calibrated:
             self.levels = quantisation.scale(path)
         self.result = quantisation.result_scale(path) if path in quantisation.results else None
-        self.weight, self.bias = held(linear, quantisation, self.levels[0] if self.levels else None)
+        self.weight, self.bias = as_stored(linear, quantisation, self.levels[0] if self.levels else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.levels is not None:
@@ -44,7 +44,7 @@ class QuantisedConv(nn.Module):
     def __init__(self, conv: nn.Conv2d, quantisation: Quantisation, path: str) -> None:
         super().__init__()
         self.given, self.result = quantisation.scale(path), quantisation.result_scale(path)
-        self.weight, self.bias = held(conv, quantisation, self.given[0])
+        self.weight, self.bias = as_stored(conv, quantisation, self.given[0])
         self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -54,7 +54,7 @@ class QuantisedConv(nn.Module):
         return rounded(y, *self.result)
 
 
-def held(
+def as_stored(
     module: nn.Linear | nn.Conv2d, quantisation: Quantisation, given_scale: float | None
 ) -> tuple[nn.Buffer, nn.Buffer | None]:
     """Weight and bias as levels or a table and, where the scale of what the module is given is known, 32 bits hold
