@@ -87,7 +87,8 @@ def dequantised_constants(path: Path) -> list[npt.NDArray[np.floating]]:
     model = loaded(path)
     graph = model.graph
     stored = {tensor.name for tensor in graph.initializer}
-    nodes = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in stored]
+    levelled = (node for node in every_node(graph) if node.op_type == "DequantizeLinear" and node.input[0] in stored)
+    nodes = list({node.output[0]: node for node in levelled}.values())  # two bodies may read one weight
     del graph.node[:], graph.input[:], graph.output[:]
     graph.node.extend(nodes)
     graph.output.extend(onnx.ValueInfoProto(name=node.output[0]) for node in nodes)
