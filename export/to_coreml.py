@@ -252,7 +252,9 @@ class CoreMLTarget:
             torch.set_num_threads(before)
 
     def dequantised(self, folder: Path) -> list[npt.NDArray[np.floating]]:
-        return load_program(folder / FILE).made_constants()
+        made = load_program(folder / FILE).made_constants()
+        # channels first, a Linear is a kernel of 1 x 1
+        return [values[:, :, 0, 0] if values.shape[2:] == (1, 1) else values for values in made]
 
     def constants(self, folder: Path) -> Arrays:
         import numpy as np

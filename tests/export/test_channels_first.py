@@ -32,6 +32,7 @@ from castling_deploy.export.neural_engine import PADDED, unfit
 from castling_deploy.export.scopes import kind
 from castling_deploy.export.to_coreml import CoreMLOptions, CoreMLTarget
 from castling_deploy.fold import fold
+from castling_deploy.int8.held import misheld
 from castling_deploy.int8.quantised import quantised
 from castling_deploy.target import Network, Precision
 
@@ -224,6 +225,7 @@ def test_weights_in_few_bits_stay_in_them(palette: int | None, tmp_path: Path) -
     levels = Quantisation(dict.fromkeys(paths, (0.0, 0.0)), Activations.FLOAT16, palette=palette)
     network = replace(folded, quantisation=levels)
     package = package_of(network, tmp_path, replace(FIRST, palettise=palette), Precision.INT8)
+    assert not misheld(CoreMLTarget(), tmp_path, network)
     assert kinds(package)[LOOK_UP if palette else DEQUANTISE] == product_types(package)["int8"] == len(paths)
     images = images_for(network, 1)
     with torch.no_grad():
