@@ -26,14 +26,14 @@ def inferred(model: onnx.ModelProto) -> onnx.ModelProto:
         found = onnx.shape_inference.infer_shapes(
             outline(model), check_type=True, strict_mode=True, data_prop=True
         ).graph
+        _, *bodies = every_graph(graph)
+        for body in bodies:
+            _infer_inside(body, model)
     except onnx.shape_inference.InferenceError as error:
         raise ExportError(f"the graph is not well typed: {error}", hint="report this network") from error
     for mine, told in ((graph.value_info, found.value_info), (graph.output, found.output)):
         del mine[:]
         mine.extend(told)
-    _, *bodies = every_graph(graph)
-    for body in bodies:
-        _infer_inside(body, model)
     return model
 
 
