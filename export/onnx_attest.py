@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError
 from castling_deploy.export.attesting import attestation
-from castling_deploy.export.onnx_graphs import every_graph, every_node
+from castling_deploy.export.onnx_graphs import every_constant, every_graph, every_node
 from castling_deploy.export.onnx_types import inferred
 from castling_deploy.target import Artifact, Attestation, Precision
 
@@ -38,7 +38,7 @@ def attest(path: Path, artifact: Artifact, precision: Precision, problems: tuple
         if node.op_type in PRODUCTS:
             products["int8" if node.input[1] in quantised else types[node.output[0]]] += 1
     weights: Counter[str] = Counter()
-    for tensor in model.graph.initializer:
+    for tensor in every_constant(model.graph):
         array = onnx.numpy_helper.to_array(tensor)
         weights[array.dtype.name] += array.nbytes // (2 if array.dtype.name == "int4" else 1)
     inputs, outputs = (
@@ -85,22 +85,23 @@ def dequantised_constants(path: Path) -> list[npt.NDArray[np.floating]]:
     from onnx.reference import ReferenceEvaluator
 
     model = loaded(path)
-    graph = model.graph
-    stored = {tensor.name for tensor in graph.initializer}
-    levelled = (node for node in every_node(graph) if node.op_type == "DequantizeLinear" and node.input[0] in stored)
-    nodes = list({node.output[0]: node for node in levelled}.values())  # two bodies may read one weight
-    del graph.node[:], graph.input[:], graph.output[:]
-    graph.node.extend(nodes)
-    graph.output.extend(onnx.ValueInfoProto(name=node.output[0]) for node in nodes)
-    try:
-        values = ReferenceEvaluator(model).run(None, {})
-    except Exception as error:  # whatever onnx raises for scales that do not fit their levels
-        raise ExportError(f"the levels of {path.name} cannot be read: {error}") from error
     found = []
-    for node, each in zip(nodes, values):
-        attributes = {item.name: item.i for item in node.attribute}
-        axis = attributes.get("axis", 1)
-        found.append(np.moveaxis(each, 1 - axis if attributes.get("block_size") else axis, 0))  # groups: that of C_in
+    for graph in every_graph(model.graph):
+        known = {tensor.name: tensor for tensor in (*model.graph.initializer, *graph.initializer)}
+        nodes = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in known]
+        read = {name: known[name] for node in nodes for name in node.input if name in known}
+        made = [onnx.ValueInfoProto(name=node.output[0]) for node in nodes]
+        alone = onnx.helper.make_graph(nodes, graph.name, [], made, list(read.values()))
+        whole = onnx.helper.make_model(alone, opset_imports=model.opset_import, ir_version=model.ir_version)
+        try:
+            values = ReferenceEvaluator(whole).run(None, {})
+        except Exception as error:  # whatever onnx raises for scales that do not fit their levels
+            raise ExportError(f"the levels of {path.name} cannot be read: {error}") from error
+        for node, each in zip(nodes, values, strict=True):
+            attributes = {item.name: item.i for item in node.attribute}
+            axis = attributes.get("axis", 1)
+            place = 1 - axis if attributes.get("block_size") else axis  # groups: that of C_in
+            found.append(np.moveaxis(each, place, 0))
     return found
 
 
@@ -117,7 +118,7 @@ def contents(model: onnx.ModelProto) -> dict[str, Any]:
             if node.op_type == operator
             for name in node.input[place : place + 1]
         }
-        types = {tensor.data_type for tensor in model.graph.initializer if tensor.name in named}
+        types = {tensor.data_type for tensor in every_constant(model.graph) if tensor.name in named}
         if types:
             found[kind] = sorted(onnx.helper.tensor_dtype_to_np_dtype(dtype).name for dtype in types)
     return found

@@ -37,3 +37,9 @@ def every_node(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     """The nodes of `graph` and of all graphs inside."""
     for each in every_graph(graph):
         yield from each.node
+
+
+def every_constant(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """The initialisers of `graph` and of all graphs inside."""
+    for each in every_graph(graph):
+        yield from each.initializer

@@ -135,7 +135,7 @@ class _Body:
         self.parts: list[str] = []
         self.states: list[str] = []
         self._nodes: list[onnx.NodeProto] = []
-        self._shapes: list[onnx.TensorProto] = []
+        self._constants: dict[str, onnx.TensorProto] = {}
         self._here: set[str] = set()
         for node in region.nodes:
             self._take(node)
@@ -144,18 +144,31 @@ class _Body:
         import onnx
 
         for name in node.input:
-            if name and name not in self._here | self._tokens.constants:
+            if name and name not in self._here and name not in self._tokens.constants:
                 self._fetch(name)
+        if node.op_type == "DequantizeLinear" and node.input[0] in self._tokens.constants:
+            self._hold(node.input)
         twin = onnx.NodeProto()
         twin.CopyFrom(node)
         if node.op_type == "Reshape" and node.output[0] in self._tokens.axes:
             shape = integers(f"{part(node.output[0])}/shape", self._shape(node.output[0]))
-            self._shapes.append(shape)
+            self._constants[shape.name] = shape
             twin.input[1] = shape.name
         self._here.update(node.output)
         twin.input[:] = [part(name) if name in self._here else name for name in twin.input]
         twin.output[:] = [part(name) for name in node.output]
         self._nodes.append(twin)
+
+    def _hold(self, names: Iterable[str]) -> None:
+        """A weight in levels, its scales and zeros: ONNX Runtime 1.32 takes them into a product of floats, and finds
+        them in the graph of the product alone."""
+        import onnx
+
+        for name in names:
+            own = self._constants[part(name)] = onnx.TensorProto()
+            own.CopyFrom(self._tokens.constants[name])
+            own.name = part(name)
+            self._here.add(name)
 
     def _fetch(self, name: str) -> None:
         if name in self._tokens.movable:
@@ -190,7 +203,7 @@ class _Body:
                 *(typed(name, f"{part(name)}/kept") for name in self.states),
                 *(typed(name, part(name)) for name in made),
             ],
-            self._shapes,
+            list(self._constants.values()),
         )
 
 

@@ -34,7 +34,7 @@ class Tokens:
     """
 
     def __init__(self, graph: onnx.GraphProto) -> None:
-        self.constants = {tensor.name for tensor in graph.initializer}
+        self.constants = {tensor.name: tensor for tensor in graph.initializer}
         self.shapes: dict[str, Shape] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
         self.types: dict[str, int] = {}
         for value in (*graph.input, *graph.value_info, *graph.output):

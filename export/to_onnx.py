@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from castling_deploy.eight_bits import Activations
 from castling_deploy.errors import ExportError, UsageError
 from castling_deploy.export import onnx_attest, onnx_nms
-from castling_deploy.export.onnx_graphs import every_node
+from castling_deploy.export.onnx_graphs import every_constant, every_node
 from castling_deploy.export.onnx_half import half
 from castling_deploy.export.onnx_int8 import in_8_bits
 from castling_deploy.export.onnx_norms import with_lp_norms
@@ -330,7 +330,7 @@ def constants(path: Path) -> dict[str, Any]:
     import onnx
 
     graph = onnx_attest.loaded(path).graph
-    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in every_constant(graph)}
 
 
 def specs(network: Network, *, dynamic: bool) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from exported import CLASSIFIER, MODEL, exported
-from folded_networks import folded_network
+from folded_networks import folded_network, images_for
 from onnx_numbers import exactly, unoptimised
+from torch import nn
 
 from castling_deploy import verify
 from castling_deploy.errors import ExportError, UsageError
@@ -22,6 +25,8 @@ from castling_deploy.export.onnx_options import OnnxOptions
 from castling_deploy.export.onnx_parts import in_parts, part_of
 from castling_deploy.export.onnx_types import checked, inferred
 from castling_deploy.export.to_onnx import onnx_model
+from castling_deploy.int8.held import misheld
+from castling_deploy.int8.quantised import quantised
 from castling_deploy.parity import Verdict
 from castling_deploy.target import Network, Precision, target_named
 from castling_deploy.witnesses.qnn import QnnHost
@@ -79,6 +84,29 @@ def test_an_artefact_in_parts_is_verified_as_any_other(precision: Precision) -> 
     assert folder.artifact.details["nodes"]["Scan"] > 1
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_alone_in_levels_are_loaded_and_read_back(bits: int, tmp_path: Path) -> None:
+    folded, target = folded_network("deit-distilled"), target_named("onnx")
+    options = OnnxOptions(activations="float32", weight_bits=bits, tokens_at_once=AT_ONCE[folded.name])
+    linears = [path for path, module in folded.module.named_modules() if isinstance(module, nn.Linear)]
+    levels = replace(options.form, ranges=dict.fromkeys(linears, (0.0, 0.0)))
+    network = replace(folded, quantisation=levels)
+    target.export(network, Precision.INT8, options, tmp_path)
+    assert not misheld(target, tmp_path, network)
+    images = images_for(network, 1)
+    with target.load(tmp_path) as session, torch.no_grad():
+        got = session({"image": images})["logits"]
+        wanted = quantised(network.module, levels)(torch.from_numpy(images)).numpy()
+    assert np.abs(got - wanted).max() < 3e-2 * np.abs(wanted).max()
+    model = onnx.load(tmp_path / MODEL)
+    body = next(body for body in every_graph(model.graph) if body.name == "tokens")
+    scales = {node.input[1] for node in body.node if node.op_type == "DequantizeLinear"}
+    tensor = next(tensor for tensor in body.initializer if tensor.name in scales)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(2 * onnx.numpy_helper.to_array(tensor), tensor.name))
+    onnx.save(model, tmp_path / MODEL)
+    assert len(misheld(target, tmp_path, network)) == 2  # it is not there, and something else is
+
+
 def test_what_a_body_computes_in_is_read_back(tmp_path: Path) -> None:
     folder = exported(CLASSIFIER, "onnx", "fp32", tokens_at_once=16)
     model = onnx.load(folder.path / MODEL)
@@ -95,6 +123,15 @@ def test_what_a_body_computes_in_is_read_back(tmp_path: Path) -> None:
     assert not onnx_attest.attest(folder.path / MODEL, folder.artifact, Precision.FP32).problems
     found = onnx_attest.attest(tmp_path / MODEL, folder.artifact, Precision.FP32)
     assert any("1 in fp16" in problem for problem in found.problems), found.problems
+
+
+def test_a_body_that_is_not_well_typed_is_an_error_of_ours() -> None:
+    """Ours reads of what is around it weights alone."""
+    made = parted(folded_network("deit-distilled"))
+    body = next(body for body in every_graph(made.graph) if body.name == "tokens")
+    body.node.append(onnx.helper.make_node("Identity", [made.graph.node[0].output[0]], ["copy"]))
+    with pytest.raises(ExportError, match="not well typed"):
+        inferred(made)
 
 
 def test_an_npu_without_scan_is_not_asked() -> None:
