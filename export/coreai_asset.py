@@ -14,22 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError
 from castling_deploy.export.coreai_program import FUNCTION
+from castling_deploy.export.coreai_steps import NUMPY, composite, steps_of
 from castling_deploy.palette import BITS, unpacked
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from castling_deploy.export.neural_engine import Step
     from castling_deploy.target import Arrays
 
 PROGRAM, DIGEST, METADATA = "main.mlirb", "main.hash", "metadata.json"
 MAGIC = b"ML\xefR"  # of MLIR's bytecode
 OURS = "castling"  # the key of our facts in the metadata that a creator may define
 FLOATS = {"f16": "float16", "f32": "float32", "bf16": "bfloat16", "f64": "float64"}  # MLIR's names, and numpy's
-NUMPY = {  # MLIR's names of what a resource may hold
-    **{"f16": "float16", "f32": "float32", "f64": "float64", "i1": "bool"},
-    **{f"{sign}i{bits}": f"{full}int{bits}" for sign, full in (("s", ""), ("u", "u")) for bits in (8, 16, 32, 64)},
-}
 PACKED = frozenset(f"{sign}i{bits}" for sign in "su" for bits in range(1, 8))  # numpy has no type for them
 RESOURCE = re.compile(r'^ +(\w+): "0x([0-9A-F]*)"', re.MULTILINE)
 REFERENCE = re.compile(r"dense_resource<(\w+)>")
@@ -62,6 +60,7 @@ class Operation:
 class AssetContents:
     """What a saved asset holds. Inputs and outputs are (name, MLIR type).
 
+    `steps` are what runs of it, a composite as the one operation that it is to a device.
     `constants` are in the program's order; a large one has the name of its resource, `weight_3`, another that of its
     graph with its place among the constants there, `main.12`.
     """
@@ -71,6 +70,7 @@ class AssetContents:
     outputs: tuple[tuple[str, str], ...]
     metadata: Mapping[str, Any]
     constants: Arrays
+    steps: tuple[Step, ...]
 
 
 def write_asset(program: Any, path: Path, description: str, facts: Mapping[str, str]) -> None:
@@ -130,7 +130,7 @@ def read_asset(path: Path) -> AssetContents:
         constants = dict(constants_of(module))
     except (RuntimeError, ValueError, KeyError) as error:
         raise ExportError(f"the constants of {path.name} cannot be read: {error}") from error
-    return AssetContents(operations, inputs, outputs, metadata, constants)
+    return AssetContents(operations, inputs, outputs, metadata, constants, tuple(steps_of(function)))
 
 
 def named(attributes: Any, types: Any) -> tuple[tuple[str, str], ...]:
@@ -253,12 +253,6 @@ def nested(operation: Any) -> Iterator[Any]:
             for inner in (found.operation for found in block.operations):
                 yield inner
                 yield from nested(inner)
-
-
-def composite(name: str) -> str:
-    """layer_norm_3 is a layer_norm."""
-    stem, _, number = name.rpartition("_")
-    return stem if number.isdigit() else name
 
 
 def floats(values: Any) -> frozenset[str]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import chain
 from typing import Any
 
 from castling_deploy.export.binary16 import SMALLEST_NORMAL
 from castling_deploy.export.coreml_package import distinct
 from castling_deploy.export.mil_package import Package
-from castling_deploy.export.neural_engine import note, unfit
+from castling_deploy.export.neural_engine import Step, Value, note, unfit
 
 DEQUANTISE, LOOK_UP = "constexpr_affine_dequantize", "constexpr_lut_to_dense"
+CONSTANT = "constexpr_"  # computed before the program runs
 PRODUCTS = frozenset({"conv", "conv_transpose", "einsum", "linear", "matmul"})
 
 
@@ -49,7 +51,8 @@ def contained(package: Package) -> dict[str, Any]:
         for value in package.constants.values()
         if isinstance(value, np.ndarray) and value.dtype == np.float16
     ]
-    unsuited = unfit(package)
+    running = steps(package)
+    unsuited = unfit(running)
     small = sum(int(((value > 0) & (value < SMALLEST_NORMAL)).sum()) for value in halves)
     total = sum(value.size for value in halves)
     return {
@@ -58,8 +61,22 @@ def contained(package: Package) -> dict[str, Any]:
         "operations": dict(sorted(Counter(operation.type for operation in package.operations).items())),
         "look_up_tables": look_up_tables(package),
         "unfit_for_the_neural_engine": unsuited,
-        "notes": note(unsuited, len(package.operations)),
+        "notes": note(unsuited, len(running)),
     }
+
+
+def steps(package: Package) -> list[Step]:
+    """The operations that run, in order."""
+    return [
+        Step(
+            operation.name,
+            operation.type,
+            tuple(chain.from_iterable(operation.inputs.values())),
+            tuple(Value(output.name, output.dtype.lower(), output.shape) for output in operation.outputs),
+        )
+        for operation in package.operations
+        if not operation.type.startswith(CONSTANT)
+    ]
 
 
 def outputs_of(package: Package) -> dict[str, tuple[str, tuple[int, ...]]]:

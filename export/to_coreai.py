@@ -16,7 +16,6 @@ from castling_deploy.eight_bits import Activations, Quantisation
 from castling_deploy.errors import ExportError
 from castling_deploy.export.attesting import PRECISIONS, attestation, require_8_bits
 from castling_deploy.export.coreai_asset import (
-    NUMPY,
     OURS,
     PRODUCTS,
     AssetContents,
@@ -29,6 +28,8 @@ from castling_deploy.export.coreai_asset import (
 )
 from castling_deploy.export.coreai_program import FUNCTION, Wide, converted, exported_program, wide_in
 from castling_deploy.export.coreai_session import CoreAISession
+from castling_deploy.export.coreai_steps import NUMPY
+from castling_deploy.export.neural_engine import note, unfit
 from castling_deploy.facts import stating
 from castling_deploy.palette import require_bits
 from castling_deploy.target import (
@@ -296,13 +297,17 @@ def declared(mlir: str) -> tuple[str, tuple[int, ...]]:
 def facts(contents: AssetContents, precision: Precision) -> dict[str, Any]:
     """What the report says about the asset."""
     norms = sum(operation.graph == FUNCTION and operation.name == "invoke" for operation in contents.operations)
+    statistics = precision is not Precision.FP32 and any(one.graph in STATISTICS for one in contents.operations)
+    unsuited = unfit(contents.steps)
     return {
         "minimum_os": "27",
         "products": {PRECISIONS.get(name, name): count for name, count in sorted(product_types(contents).items())},
         "composites": norms,
         "operations": counts(contents),
         "look_up_tables": look_up_tables(contents),
-        "notes": ["a LayerNorm's mean and variance are float32"]
-        if precision is not Precision.FP32 and any(operation.graph in STATISTICS for operation in contents.operations)
-        else [],
+        "unfit_for_the_neural_engine": unsuited,
+        "notes": [
+            *(["a LayerNorm's mean and variance are float32"] if statistics else []),
+            *note(unsuited, len(contents.steps)),
+        ],
     }

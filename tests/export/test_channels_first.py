@@ -24,7 +24,7 @@ from castling_deploy.castle import castle
 from castling_deploy.eight_bits import Activations, Quantisation
 from castling_deploy.export import channels_first
 from castling_deploy.export.channels_first import Laid, in_channels_first
-from castling_deploy.export.coreml_contents import DEQUANTISE, LOOK_UP, product_types
+from castling_deploy.export.coreml_contents import DEQUANTISE, LOOK_UP, product_types, steps
 from castling_deploy.export.coreml_program import exported_program
 from castling_deploy.export.mil_evaluator import load_program
 from castling_deploy.export.mil_package import Package, read_package
@@ -192,7 +192,7 @@ def test_nothing_is_padded(name: str, transposed: int, linear: int, tmp_path: Pa
     """Of Linears the head is left, which has no tokens."""
     network = folded_network(name)
     package = package_of(network, tmp_path, FIRST, Precision.FP16)
-    assert kinds(package)["reduce_l2_norm"] and not unfit(package)
+    assert kinds(package)["reduce_l2_norm"] and not unfit(steps(package))
     assert (kinds(package)["transpose"], kinds(package)["linear"]) == (transposed, linear)
     images = images_for(network, 1)
     wanted, got = logits_of(network, images), load_program(tmp_path / "model.mlpackage")({"image": images})["logits"]
@@ -202,7 +202,7 @@ def test_nothing_is_padded(name: str, transposed: int, linear: int, tmp_path: Pa
 def test_the_class_token_alone_lies_as_it_was(tmp_path: Path) -> None:
     """Its channels are the last axis: only what picks it, and two norms of it, have an axis of 1 there."""
     package = package_of(folded_network("deit"), tmp_path, FIRST, Precision.FP16)
-    assert Counter(one.type for one in package.operations if one.name in unfit(package)[PADDED]) == {
+    assert Counter(one.type for one in package.operations if one.name in unfit(steps(package))[PADDED]) == {
         "slice_by_index": 4,
         "reduce_l2_norm": 2,
         "maximum": 2,
