@@ -1,4 +1,4 @@
-"""LayerNorms of channels that lie behind the batch: torch has those of the last axes alone, Core ML those of any."""
+"""LayerNorms of channels behind the batch: torch has those of the last axes alone, Core ML and Core AI of any."""
 
 from __future__ import annotations
 

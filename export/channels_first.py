@@ -7,7 +7,7 @@ input as it lies. One that cannot gets it as it was, transposed, so that every n
 
 At 224 pixels, by the rules in `neural_engine`: 54 of Castling-LeViT-128S's 410 operations are unfit, and 45 are
 transpositions; here none of 365, and none. Castling-DeiT-T: 72 of 422, and 49; here 8 of 378 (the class token's), and
-none.
+none. Core AI's products take no matrix transposed: one transposition of an attention stays there.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from castling_deploy.errors import UsageError
 from castling_deploy.export.channel_norm import channel_norm
 from castling_deploy.export.scopes import kind
 
 if TYPE_CHECKING:
     import torch
     from torch.fx import Node
+
+Layout = Literal["channels-last", "channels-first"]  # of tokens inside: (B, N, C), or (B, C, 1, N)
+LAYOUTS = get_args(Layout)
 
 Shape = Sequence[int]
 Order = tuple[int | None, ...]
@@ -36,6 +40,12 @@ COMPRESSED = frozenset({"dequantize_per_channel", "look_up"})  # what makes a we
 TOKENS: Order = (0, 2, None, 1)  # (B, N, C) as (B, C, 1, N)
 ROWS: Order = (0, 1, 2, 3)
 COLUMNS: Order = (0, 1, 3, 2)  # matrices (B, H, N, D) as (B, H, D, N)
+
+
+def require_layout(layout: str) -> None:
+    """Raises UsageError for one that there is not."""
+    if layout not in LAYOUTS:
+        raise UsageError(f"unknown layout '{layout}'", hint=f"use one of: {', '.join(LAYOUTS)}")
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,7 @@ class _Rewriting:
             **dict.fromkeys(RESHAPES, self._reshape),
             **dict.fromkeys(ELEMENTWISE, self._elementwise),
             **dict.fromkeys(REDUCTIONS, self._reduce),
+            "_to_copy": self._cast,
             "cat": self._cat,
             "clone": lambda node, x, args: x,
             "conv2d": self._conv,
@@ -201,6 +212,10 @@ class _Rewriting:
         made = self._put(node.target, *map_arg(args, lambda one: self._beside(self._of(one), first)), **node.kwargs)
         return Laid(made, first.order)
 
+    def _cast(self, node: Node, x: Laid, args: tuple[Any, ...]) -> Laid | None:
+        """What goes out is as it was before it becomes float32."""
+        return None if any(user.op == "output" for user in node.users) else self._elementwise(node, x, args)
+
     def _beside(self, x: Laid, first: Laid) -> Node:
         """`x` as `first` lies, to be broadcast against it: a constant is transposed before the program runs."""
         if x.order == first.order:
@@ -256,7 +271,7 @@ class _Rewriting:
         """(O, I) -> (O, I, 1, 1); of a weight in few bits its levels or indices, which formats keep as they are."""
         if kind(weight) in COMPRESSED:
             levels, *others = weight.args
-            return self._put(weight.target, self._as_kernel(levels), *others)  # type: ignore[arg-type]
+            return self._put(weight.target, self._as_kernel(levels), *others, **weight.kwargs)  # type: ignore[arg-type]
         return self._put(self.aten.reshape.default, weight, [*shape_of(weight), 1, 1])
 
     def _conv(self, node: Node, x: Laid, args: tuple[Any, ...]) -> Laid | None:
@@ -283,8 +298,8 @@ class _Rewriting:
         return Laid(self._shaped(made, x.shape), x.order)
 
     def _matmul(self, node: Node, x: Laid, args: tuple[Any, ...]) -> Laid | None:
-        """(A B)' = B' A', which has the rows of A, tokens, last; A B where there is one row. Nothing is moved: products
-        take their matrices transposed."""
+        """(A B)' = B' A', which has the rows of A, tokens, last; A B where there is one row. Nothing is moved where
+        products take their matrices transposed, as Core ML's do."""
         factors = x, self._of(args[1])
         if any(one.order not in (ROWS, COLUMNS) for one in factors):
             return None

@@ -9,6 +9,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError, ShapeError
+from castling_deploy.export.channel_norm import CHANNEL_NORM
+from castling_deploy.export.channels_first import Layout, in_channels_first
+from castling_deploy.export.coreai_norm import channel_normed
 from castling_deploy.export.coreai_palette import RESOURCE, looked_up
 from castling_deploy.export.half_network import in_half
 from castling_deploy.export.scopes import REDUCTIONS, inside, kind, module_stack
@@ -35,7 +38,9 @@ class Wide:
     casts: int = 0
 
 
-def exported_program(network: Network, precision: Precision) -> torch.export.ExportedProgram:
+def exported_program(
+    network: Network, precision: Precision, layout: Layout = "channels-last"
+) -> torch.export.ExportedProgram:
     """What torch.export sees, with what Core AI knows as one operation left whole. Raises ShapeError, ExportError."""
     import torch
     from coreai_torch import get_decomp_table
@@ -53,7 +58,10 @@ def exported_program(network: Network, precision: Precision) -> torch.export.Exp
         module = in_half(module, network.islands)
     try:
         with torch.no_grad():
-            program = torch.export.export(module, network.example()).run_decompositions(get_decomp_table())
+            program = torch.export.export(module, network.example())
+            if layout == "channels-first":
+                program = in_channels_first(program.run_decompositions({}))
+            program = program.run_decompositions(get_decomp_table())
     except Exception as error:  # torch.export raises errors of a dozen classes, most of them private
         raise ExportError(f"torch.export refuses the network: {error}") from error
     if half:
@@ -129,6 +137,7 @@ def converted(program: torch.export.ExportedProgram, inputs: tuple[str, ...], ou
 
     converter = TorchConverter(mode=TorchConverter.Mode.RELEASE)
     converter.register_torch_lowering(DEQUANTISE)(dequantised)
+    converter.register_torch_lowering(f"{CHANNEL_NORM}.default")(channel_normed)
     converter.register_torch_lowering(f"{LOOK_UP}.default")(partial(looked_up, program))
     try:
         converter.add_exported_program(program, input_names=inputs, output_names=outputs)
@@ -146,7 +155,7 @@ def dequantised(values: Mapping[str, Any], node: torch.fx.Node, location: Any) -
     from coreai._compiler.dialects import coreai
 
     levels, scales, *_ = node.all_input_nodes
-    column = [len(scales.meta["val"]), 1]
+    column = [len(scales.meta["val"]), *[1] * (levels.meta["val"].dim() - 1)]
     before, after = np.zeros(column, np.int8), np.zeros(column, str(scales.meta["val"].dtype).removeprefix("torch."))
     scale = coreai.reshape(values[scales.name], column)
     return coreai.blockwise_shift_scale(values[levels.name], scale, before, after, loc=location)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from castling_deploy.errors import ExportError
 from castling_deploy.export.channel_norm import teach_channel_norm
-from castling_deploy.export.channels_first import in_channels_first
+from castling_deploy.export.channels_first import Layout, in_channels_first
 from castling_deploy.export.coreml_palette import teach_look_up
 from castling_deploy.export.coremltools_parts import converter
 from castling_deploy.export.scopes import REDUCTIONS, inside, kind, module_stack
@@ -22,12 +22,9 @@ WIDE = 32  # a debug handle
 
 
 def exported_program(
-    network: Network, *, pixels: bool, scores: bool, channels_first: bool = False
+    network: Network, *, pixels: bool, scores: bool, layout: Layout = "channels-last"
 ) -> torch.export.ExportedProgram:
-    """The graph that coremltools is handed, in the dialect it takes. Raises ExportError.
-
-    `channels_first`: tokens in it are (B, C, 1, N).
-    """
+    """The graph that coremltools is handed, in the dialect it takes. Raises ExportError."""
     import torch
 
     try:
@@ -36,7 +33,7 @@ def exported_program(
             program = exported.run_decompositions({})
     except Exception as error:  # torch.export raises errors of a dozen classes, most of them private
         raise ExportError(f"torch.export refuses the network: {error}") from error
-    return in_channels_first(program) if channels_first else program
+    return in_channels_first(program) if layout == "channels-first" else program
 
 
 def interface(network: Network, *, pixels: bool, scores: bool) -> nn.Module:

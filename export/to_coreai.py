@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from castling_deploy.eight_bits import Activations, Quantisation
 from castling_deploy.errors import ExportError
 from castling_deploy.export.attesting import PRECISIONS, attestation, require_8_bits
+from castling_deploy.export.channels_first import Layout, require_layout
 from castling_deploy.export.coreai_asset import (
     OURS,
     PRODUCTS,
@@ -107,12 +108,15 @@ class CoreAIOptions:
     """Shapes are fixed, and the device decides where it runs.
 
     `palettise` is for int8: weights in a look-up table for each, by an index of so many bits, instead of in levels.
-    Raises UsageError for other bits.
+    `layout` is that of the tokens inside: "channels-last" (B, N, C), "channels-first" (B, C, 1, N). Raises UsageError
+    for anything else.
     """
 
     palettise: int | None = None
+    layout: Layout = "channels-last"
 
     def __post_init__(self) -> None:
+        require_layout(self.layout)
         require_bits(self.palettise)
 
     @property
@@ -170,7 +174,8 @@ class CoreAITarget:
         pass  # every batch can be fixed
 
     def lowered(self, network: Network, options: CoreAIOptions) -> nn.Module:
-        return exported_program(replace(network, quantisation=None), Precision.FP32).module(check_guards=False)
+        program = exported_program(replace(network, quantisation=None), Precision.FP32, options.layout)
+        return program.module(check_guards=False)
 
     def export(self, network: Network, precision: Precision, options: CoreAIOptions, folder: Path) -> Artifact:
         (image,), logits = network.inputs, network.outputs[0]
@@ -191,7 +196,7 @@ class CoreAITarget:
             usage,
         )
         inputs, outputs = (tuple(spec.name for spec in specs) for specs in (network.inputs, network.outputs))
-        program = exported_program(network, precision)
+        program = exported_program(network, precision, options.layout)
         wide = wide_in(program, network.islands)
         asset = converted(program, inputs, outputs)
         told = stating(network, self.name, precision, options, artifact).metadata

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from castling_deploy.eight_bits import Activations, Quantisation
 from castling_deploy.errors import ExportError, UsageError
 from castling_deploy.export.attesting import attestation, require_8_bits
+from castling_deploy.export.channels_first import Layout, require_layout
 from castling_deploy.export.coreml_contents import (
     PRODUCTS,
     classifier_problems,
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
 
 FILE = "model.mlpackage"
 INPUTS = ("tensor", "image")
-LAYOUTS = ("channels-last", "channels-first")
 LABEL, PROBABILITIES, SCORES = "label", "probabilities", "scores"
 
 DTYPES = {Precision.FP16: "FLOAT16", Precision.FP32: "FLOAT32", Precision.INT8: "FLOAT16"}  # computed in, MIL's names
@@ -120,22 +120,17 @@ class CoreMLOptions:
 
     input: Literal["tensor", "image"] = field(default="tensor", metadata={"whole": "interface"})
     palettise: int | None = None
-    layout: Literal["channels-last", "channels-first"] = "channels-last"
+    layout: Layout = "channels-last"
 
     def __post_init__(self) -> None:
-        for name, value, known in (("input", self.input, INPUTS), ("layout", self.layout, LAYOUTS)):
-            if value not in known:
-                raise UsageError(f"unknown {name} '{value}'", hint=f"use one of: {', '.join(known)}")
+        if self.input not in INPUTS:
+            raise UsageError(f"unknown input '{self.input}'", hint=f"use one of: {', '.join(INPUTS)}")
+        require_layout(self.layout)
         require_bits(self.palettise)
 
     @property
     def form(self) -> Quantisation:
         return Quantisation({}, Activations.FLOAT16, palette=self.palettise)
-
-    @property
-    def channels_first(self) -> bool:
-        """Whether tokens are (B, C, 1, N)."""
-        return self.layout == "channels-first"
 
 
 class CoreMLTarget:
@@ -187,7 +182,7 @@ class CoreMLTarget:
 
     def lowered(self, network: Network, options: CoreMLOptions) -> nn.Module:
         whole = replace(network, quantisation=None)
-        program = exported_program(whole, pixels=False, scores=False, channels_first=options.channels_first)
+        program = exported_program(whole, pixels=False, scores=False, layout=options.layout)
         return program.module(check_guards=False)
 
     def export(self, network: Network, precision: Precision, options: CoreMLOptions, folder: Path) -> Artifact:
@@ -203,7 +198,7 @@ class CoreMLTarget:
             usage=usage(network, options, classifier=scores),
         )
         told = stating(network, self.name, precision, options, artifact).metadata
-        program = exported_program(network, pixels=pixels, scores=scores, channels_first=options.channels_first)
+        program = exported_program(network, pixels=pixels, scores=scores, layout=options.layout)
         outputs = (*(spec.name for spec in network.outputs), *([SCORES] if scores else []))
         mlmodel, wide = converted(program, network, precision, pixels=pixels, outputs=outputs)
         model = mlmodel.get_spec()

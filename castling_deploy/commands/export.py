@@ -44,7 +44,7 @@ ALL = "all"
 @click.option("--activations", metavar="KIND", help="In int8: uint8, uint16 for Qualcomm's NPU, or float32; ONNX only.")
 @click.option("--weight-bits", type=int, metavar="BITS", help="In int8: 8, or 4 for Linears; ONNX and ExecuTorch.")
 @click.option("--palettise", type=int, metavar="BITS", help="Weights in look-up tables, in int8; Core ML and Core AI.")
-@click.option("--layout", metavar="ORDER", help="Of tokens: channels-last, or channels-first; Core ML only.")
+@click.option("--layout", metavar="ORDER", help="Of tokens: channels-last, or channels-first; Core ML and Core AI.")
 @click.option("--calib-data", type=click.Path(path_type=Path), help="Folder or .npz of images to calibrate int8 on.")
 @click.option("--calib-samples", type=click.IntRange(1), help="How many of them. Default: 64.")
 @click.option("--max-drop", type=click.FloatRange(0), help="Points of the score that int8 may cost. Default: 0.5.")

@@ -77,7 +77,7 @@ def moved(program: torch.export.ExportedProgram) -> list[Node]:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_is_the_same_in_float64_and_moves_nothing(name: str) -> None:
     network = network_named(name)
-    program = exported_program(network, pixels=False, scores=False, channels_first=True)
+    program = exported_program(network, pixels=False, scores=False, layout="channels-first")
     assert error_of(program.module(check_guards=False), network.module, *network.example()) < 1e-9
     assert len(moved(program)) == INHERENT.get(name, 0)
 

@@ -153,7 +153,7 @@ def test_program_of_the_other_precision_is_refused_by_export(
     deit: Exported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(
-        to_coreai, "exported_program", lambda network, precision: exported_program(network, Precision.FP32)
+        to_coreai, "exported_program", lambda network, precision, layout: exported_program(network, Precision.FP32)
     )
     with pytest.raises(ExportError, match="fp16 was asked for, and not built"):
         TARGET.export(deit.network, Precision.FP16, CoreAIOptions(), tmp_path)
