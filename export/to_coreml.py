@@ -247,9 +247,7 @@ class CoreMLTarget:
             torch.set_num_threads(before)
 
     def dequantised(self, folder: Path) -> list[npt.NDArray[np.floating]]:
-        made = load_program(folder / FILE).made_constants()
-        # channels first, a Linear is a kernel of 1 x 1
-        return [values[:, :, 0, 0] if values.shape[2:] == (1, 1) else values for values in made]
+        return load_program(folder / FILE).made_constants()
 
     def constants(self, folder: Path) -> Arrays:
         import numpy as np

@@ -17,6 +17,7 @@ from castling_deploy.errors import UsageError
 from castling_deploy.export.coreai_asset import AssetContents, look_up_tables, read_asset
 from castling_deploy.export.neural_engine import PADDED, unfit
 from castling_deploy.export.to_coreai import FILE, CoreAIOptions, CoreAITarget
+from castling_deploy.int8.held import misheld
 from castling_deploy.int8.quantised import quantised
 from castling_deploy.target import Network, Precision
 
@@ -108,6 +109,7 @@ def test_weights_in_few_bits_stay_in_them(palette: int | None, tmp_path: Path) -
     levels = Quantisation(dict.fromkeys(paths, (0.0, 0.0)), Activations.FLOAT16, palette=palette)
     network = replace(folded, quantisation=levels, islands=(ISLAND,))
     contents = exported(network, tmp_path, Precision.INT8, replace(FIRST, palettise=palette))
+    assert not misheld(TARGET, tmp_path, network)
     assert look_up_tables(contents) == ({"4": len(paths)} if palette else {})
     held = Counter(one.levels for one in contents.operations if one.name == "conv2d")
     assert held == {"ui4" if palette else "si8": 8, None: 3}  # None: the patches', and one over tokens in each block
