@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import onnx
 import pytest
 import torch
 from exported import CLASSIFIER, MODEL, exported
-from folded_networks import folded_network, images_for
+from folded_networks import folded_network, images_for, logits_of
 from onnx_numbers import exactly, unoptimised
 from torch import nn
 
@@ -23,20 +23,26 @@ from castling_deploy.export.onnx_graphs import every_graph
 from castling_deploy.export.onnx_norms import with_lp_norms
 from castling_deploy.export.onnx_options import OnnxOptions
 from castling_deploy.export.onnx_parts import in_parts, part_of
+from castling_deploy.export.onnx_stored import StoredSession, stored, witness
 from castling_deploy.export.onnx_types import checked, inferred
 from castling_deploy.export.to_onnx import onnx_model
 from castling_deploy.int8.held import misheld
 from castling_deploy.int8.quantised import quantised
 from castling_deploy.parity import Verdict
-from castling_deploy.target import Network, Precision, target_named
+from castling_deploy.target import Artifact, Network, Precision, target_named
 from castling_deploy.witnesses.qnn import QnnHost
 
 # Tokens: 26, 16 and 4 and 1, 24 and 6, 385 and 97 and 25.
 AT_ONCE = {"deit-distilled": 13, "levit": 8, "levit-linear": 8, "mvit": 100}
 
 
+@cache
+def written(name: str, batch: int) -> bytes:
+    return inferred(with_lp_norms(onnx_model(folded_network(name, batch), Precision.FP32, 20))).SerializeToString()
+
+
 def whole(network: Network) -> onnx.ModelProto:
-    return inferred(with_lp_norms(onnx_model(network, Precision.FP32, 20)))
+    return onnx.load_from_string(written(network.name, network.inputs[0].shape[0]))
 
 
 def parted(network: Network) -> onnx.ModelProto:
@@ -75,13 +81,30 @@ def test_a_number_without_such_a_divisor_is_refused_with_one_that_is() -> None:
         part_of(4098, 256)
 
 
-@pytest.mark.parametrize("precision", [Precision.FP16, Precision.INT8])
-def test_an_artefact_in_parts_is_verified_as_any_other(precision: Precision) -> None:
-    folder = exported(CLASSIFIER, "onnx", precision.value, tokens_at_once=16)
-    usual = exported(CLASSIFIER, "onnx", precision.value)
+@pytest.fixture(scope="module")
+def artefact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Artifact]:
+    folder, network = tmp_path_factory.mktemp("parts"), folded_network("deit-distilled")
+    options = OnnxOptions(tokens_at_once=AT_ONCE[network.name])
+    return folder, target_named("onnx").export(network, Precision.FP32, options, folder)
+
+
+def test_an_artefact_in_parts_is_verified_as_any_other() -> None:
+    folder = exported(CLASSIFIER, "onnx", "int8", tokens_at_once=16)
+    usual = exported(CLASSIFIER, "onnx", "int8")
     assert verify(folder.path).verdict is Verdict.PASS
     assert folder.artifact.details["products"] == usual.artifact.details["products"]
     assert folder.artifact.details["nodes"]["Scan"] > 1
+
+
+def test_float16_inside_of_bodies_is_kept_where_it_is_stored(tmp_path: Path) -> None:
+    network, target = folded_network("deit-distilled"), target_named("onnx")
+    artifact = target.export(network, Precision.FP16, OnnxOptions(tokens_at_once=AT_ONCE[network.name]), tmp_path)
+    assert not target.attest(tmp_path, artifact, Precision.FP16).problems
+    bodies = [body for body in every_graph(stored(onnx.load(tmp_path / MODEL)).graph) if body.name == "tokens"]
+    assert bodies and all(any(node.output[0].endswith("/stored") for node in body.node) for body in bodies)
+    images = images_for(network, 1)
+    got = StoredSession(tmp_path / MODEL, witness())({"image": images})["logits"]
+    np.testing.assert_allclose(got, logits_of(network, images), atol=2e-2)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -107,9 +130,9 @@ def test_weights_alone_in_levels_are_loaded_and_read_back(bits: int, tmp_path: P
     assert len(misheld(target, tmp_path, network)) == 2  # it is not there, and something else is
 
 
-def test_what_a_body_computes_in_is_read_back(tmp_path: Path) -> None:
-    folder = exported(CLASSIFIER, "onnx", "fp32", tokens_at_once=16)
-    model = onnx.load(folder.path / MODEL)
+def test_what_a_body_computes_in_is_read_back(artefact: tuple[Path, Artifact], tmp_path: Path) -> None:
+    folder, artifact = artefact
+    model = onnx.load(folder / MODEL)
     body = next(body for body in every_graph(model.graph) if body.name == "tokens")
     product = next(node for node in body.node if node.op_type == "MatMul")
     before, behind, position = list(product.input), product.output[0], list(body.node).index(product)
@@ -120,8 +143,8 @@ def test_what_a_body_computes_in_is_read_back(tmp_path: Path) -> None:
     for name, half in zip(before, halves, strict=True):
         body.node.insert(position, cast([name], [half], to=onnx.TensorProto.FLOAT16))
     onnx.save(model, tmp_path / MODEL)
-    assert not onnx_attest.attest(folder.path / MODEL, folder.artifact, Precision.FP32).problems
-    found = onnx_attest.attest(tmp_path / MODEL, folder.artifact, Precision.FP32)
+    assert not onnx_attest.attest(folder / MODEL, artifact, Precision.FP32).problems
+    found = onnx_attest.attest(tmp_path / MODEL, artifact, Precision.FP32)
     assert any("1 in fp16" in problem for problem in found.problems), found.problems
 
 
@@ -134,8 +157,9 @@ def test_a_body_that_is_not_well_typed_is_an_error_of_ours() -> None:
         inferred(made)
 
 
-def test_an_npu_without_scan_is_not_asked() -> None:
-    missing = QnnHost().unfit(exported(CLASSIFIER, "onnx", "fp32", tokens_at_once=16).artifact)
+def test_an_npu_without_scan_is_not_asked(artefact: tuple[Path, Artifact]) -> None:
+    _, artifact = artefact
+    missing = QnnHost().unfit(artifact)
     assert missing is not None and "--tokens-at-once" in missing.fix
     assert QnnHost().unfit(exported(CLASSIFIER, "onnx", "fp32").artifact) is None
 
