@@ -9,11 +9,10 @@ from typing import Any
 
 from castling_deploy.export.binary16 import SMALLEST_NORMAL
 from castling_deploy.export.coreml_package import distinct
-from castling_deploy.export.mil_package import Package
+from castling_deploy.export.mil_package import CONSTEXPR, Package
 from castling_deploy.export.neural_engine import Step, Value, note, unfit
 
 DEQUANTISE, LOOK_UP = "constexpr_affine_dequantize", "constexpr_lut_to_dense"
-CONSTANT = "constexpr_"  # computed before the program runs
 PRODUCTS = frozenset({"conv", "conv_transpose", "einsum", "linear", "matmul"})
 
 
@@ -75,7 +74,7 @@ def steps(package: Package) -> list[Step]:
             tuple(Value(output.name, output.dtype.lower(), output.shape) for output in operation.outputs),
         )
         for operation in package.operations
-        if not operation.type.startswith(CONSTANT)
+        if not operation.type.startswith(CONSTEXPR)
     ]
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from castling_deploy.errors import ExportError, ShapeError, UsageError
 from castling_deploy.export.binary16 import SMALLEST_NORMAL
 from castling_deploy.export.mil_ops import operations
-from castling_deploy.export.mil_package import NUMPY, Declared, Feature, Operation, Package, read_package
+from castling_deploy.export.mil_package import CONSTEXPR, NUMPY, Declared, Feature, Operation, Package, read_package
 from castling_deploy.export.mil_shape_ops import UnsupportedOpError
 from castling_deploy.export.mil_sums import Float16Sums, Float32Sums
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     Output = npt.NDArray[np.generic] | str | int | dict[str | int, float]
 
-CONSTEXPR = "constexpr_"  # begins the type of what makes a constant of constants
 VARIADIC = "values"  # the one parameter that takes several values
 
 

@@ -38,6 +38,7 @@ NUMPY = {
     "UINT32": "uint32",
 }
 BLOB_DTYPES = {"FLOAT16": 1, "FLOAT32": 2, "UINT8": 3, "INT8": 4, "INT16": 6, "UINT16": 7, "INT32": 14, "UINT32": 15}
+CONSTEXPR = "constexpr_"  # begins the types of what makes constants of constants, before the program runs
 BLOB_SENTINEL = 0xDEADBEEF
 HEADER = struct.Struct("<IIQQ")  # of one weight: sentinel, dtype, bytes, where they start; version 2 of the format
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from castling_deploy.eight_bits import GROUP, Activations, Quantisation
 from castling_deploy.errors import ExportError
+from castling_deploy.export.onnx_graphs import without_unread
 from castling_deploy.palette import packed
 
 if TYPE_CHECKING:
@@ -36,9 +37,7 @@ def in_8_bits(model: onnx.ModelProto, quantisation: Quantisation) -> onnx.ModelP
         raise ExportError(f"the graph has no product of {min(missing)}", hint="report this network")
     del model.graph.node[:], model.graph.value_info[:]
     model.graph.node.extend(rewriting.nodes)
-    used = {name for node in rewriting.nodes for name in node.input}
-    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in used]:
-        model.graph.initializer.remove(tensor)
+    without_unread(model.graph)
     return model
 
 

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from castling_deploy.export.onnx_graphs import without_unread
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -35,9 +37,7 @@ def with_lp_norms(model: onnx.ModelProto) -> onnx.ModelProto:
         for gone in (made[clip.input[0]], clip):
             graph.node.remove(gone)
         node.CopyFrom(onnx.helper.make_node("LpNormalization", node.input[:1], node.output, node.name, axis=axis, p=2))
-    used = {name for node in graph.node for name in node.input}
-    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
-        graph.initializer.remove(tensor)
+    without_unread(graph)
     del graph.value_info[:]
     return model
 

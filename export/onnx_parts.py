@@ -13,8 +13,8 @@ from graphlib import TopologicalSorter
 from typing import TYPE_CHECKING
 
 from castling_deploy.errors import ExportError
-from castling_deploy.export.onnx_graphs import read_by
-from castling_deploy.export.onnx_tokens import Region, Shape, Tokens
+from castling_deploy.export.onnx_graphs import Shape, integers, read_by, without_unread
+from castling_deploy.export.onnx_tokens import Region, Tokens
 
 if TYPE_CHECKING:
     import onnx
@@ -31,9 +31,7 @@ def in_parts(model: onnx.ModelProto, at_once: int) -> onnx.ModelProto:
     del model.graph.node[:], model.graph.value_info[:]
     model.graph.node.extend(nodes)
     model.graph.initializer.extend(parting.made.values())
-    read = {name for node in nodes for name in read_by(node)}
-    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in read]:
-        model.graph.initializer.remove(tensor)
+    without_unread(model.graph)
     return model
 
 
@@ -216,13 +214,6 @@ def transposed(given: str, made: str, order: Iterable[int]) -> onnx.NodeProto:
     import onnx
 
     return onnx.helper.make_node("Transpose", [given], [made], name=f"{made}/Transpose", perm=list(order))
-
-
-def integers(name: str, values: Iterable[int]) -> onnx.TensorProto:
-    import numpy as np
-    import onnx
-
-    return onnx.numpy_helper.from_array(np.array(list(values), np.int64), name)
 
 
 def in_order(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:

@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from castling_deploy.export.onnx_graphs import ELEMENTWISE, shapes_of
+
 if TYPE_CHECKING:
     import onnx
 
-Shape = tuple[int, ...]
-
-ELEMENTWISE = frozenset({"Add", "Cast", "Clip", "Div", "Gelu", "HardSwish", "Mul", "Sqrt", "Sub"})
 LINEARS = frozenset({"Gemm", "MatMul"})
 NORMS = frozenset({"LayerNormalization", "LpNormalization"})
 VIEWS = frozenset({"Reshape", "Transpose"})
@@ -35,11 +34,9 @@ class Tokens:
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         self.constants = {tensor.name: tensor for tensor in graph.initializer}
-        self.shapes: dict[str, Shape] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-        self.types: dict[str, int] = {}
-        for value in (*graph.input, *graph.value_info, *graph.output):
-            self.shapes[value.name] = tuple(axis.dim_value for axis in value.type.tensor_type.shape.dim)
-            self.types[value.name] = value.type.tensor_type.elem_type
+        self.shapes = shapes_of(graph)
+        values = (*graph.input, *graph.value_info, *graph.output)
+        self.types = {value.name: value.type.tensor_type.elem_type for value in values}
         self.fixed = set(self.constants)  # and what hangs on them alone
         self.axes: dict[str, int] = {}
         self.movable: dict[str, onnx.NodeProto] = {}
@@ -114,7 +111,7 @@ class Tokens:
             return None if axis == -1 else axis
         if self._is_levelled(node, "DequantizeLinear"):
             return axis
-        if kind in ELEMENTWISE or self._is_levelled(node, "QuantizeLinear"):
+        if kind in ELEMENTWISE or kind == "Cast" or self._is_levelled(node, "QuantizeLinear"):
             return self._shared(node)
         return None
 

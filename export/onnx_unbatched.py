@@ -13,16 +13,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from castling_deploy.eight_bits import FEW_ROWS
+from castling_deploy.export.onnx_graphs import ELEMENTWISE, Shape, integers, shapes_of
 
 if TYPE_CHECKING:
     import onnx
 
-Shape = tuple[int, ...]
-
-ELEMENTWISE = frozenset(
-    {"Add", "Sub", "Mul", "Div", "Max", "Min", "Pow", "Clip", "Sqrt", "Reciprocal", "Neg", "Abs", "Exp", "Erf"}
-    | {"Gelu", "HardSwish", "HardSigmoid", "Sigmoid", "Relu", "Tanh"}
-)
 REDUCTIONS = frozenset({"ReduceL2", "ReduceSum", "ReduceMean", "ReduceMax", "ReduceSumSquare"})
 
 
@@ -55,9 +50,7 @@ class _Rewriting:
     def __post_init__(self) -> None:
         graph = self.model.graph
         self.constants = {tensor.name: tensor for tensor in graph.initializer}
-        self.shapes: dict[str, Shape] = {name: tuple(tensor.dims) for name, tensor in self.constants.items()}
-        for value in (*graph.input, *graph.value_info, *graph.output):
-            self.shapes[value.name] = tuple(axis.dim_value for axis in value.type.tensor_type.shape.dim)
+        self.shapes = shapes_of(graph)
         self.outputs = {value.name for value in graph.output}
 
     def take(self, node: onnx.NodeProto) -> None:
@@ -163,10 +156,7 @@ class _Rewriting:
         self.nodes.append(onnx.helper.make_node("Reshape", [given, constant], [made], name=f"{made}/Reshape"))
 
     def _integers(self, name: str, values: Iterable[int]) -> str:
-        import numpy as np
-        import onnx
-
-        self.constants[name] = onnx.numpy_helper.from_array(np.array(list(values), np.int64), name)
+        self.constants[name] = integers(name, values)
         self.shapes[name] = tuple(self.constants[name].dims)
         return name
 
